@@ -1,0 +1,573 @@
+"""model.py against independent oracles: Hugging Face's GPT-2, F.cross_entropy, a plain loop without a cache."""
+
+import copy
+import dataclasses
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import model as model_module
+from config import Config, UserError
+from model import FORMAT, GPT, generate, head_loss, load_file, load_model, pick, save_file
+
+TINY = Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=101, dropout=0.0)
+VOCAB = 50257
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The products here are tiny: a second thread would only wait, and for long where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def shaken(config: Config, seed: int = 0, std: float = 0.2) -> GPT:
+    """A model in eval mode whose every parameter, biases and LayerNorms too, is far from its start."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(std * torch.randn_like(p))
+    return model.eval()
+
+
+def is_conv1d(name: str, weight: torch.Tensor) -> bool:
+    return weight.dim() == 2 and "wte" not in name and "wpe" not in name
+
+
+def in_hugging_face(model: GPT) -> GPT2LMHeadModel:
+    c = model.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function={"exact": "gelu", "tanh": "gelu_new"}[c.gelu],
+            attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout,
+        )
+    )  # fmt: skip
+    weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}  # a bias we lack is zero
+    weights |= {name: w.t().contiguous() if is_conv1d(name, w) else w for name, w in model.state_dict().items()}
+    theirs.load_state_dict(weights | {"lm_head.weight": model.transformer.wte.weight})
+    return theirs.eval()
+
+
+def random_ids(config: Config, batch: int = 3, length: int | None = None) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (batch, length or config.block_size))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The norm of their difference, as a share of theirs."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+# ------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_logits_loss_and_gradients_equal_hugging_face(gelu):
+    ours = shaken(dataclasses.replace(TINY, gelu=gelu))
+    theirs = in_hugging_face(ours)
+    idx, targets = random_ids(TINY), random_ids(TINY)
+    logits = theirs(idx).logits
+    close(ours(idx), logits)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    our_loss = ours(idx, targets)
+    our_loss.backward()
+    close(our_loss, loss)
+    gradients = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        gradient = gradients[name].grad
+        close(p.grad, gradient.t() if is_conv1d(name, p) else gradient)
+
+
+def test_the_two_gelus_differ_by_more_than_the_tolerance_of_these_tests():
+    idx = random_ids(TINY)
+    exact, tanh = (shaken(dataclasses.replace(TINY, gelu=gelu))(idx) for gelu in ("exact", "tanh"))
+    assert (exact - tanh).abs().max() > 1e-3
+
+
+def test_without_biases_it_is_gpt2_with_zero_biases():
+    ours = shaken(dataclasses.replace(TINY, bias=False))
+    assert not [name for name in ours.state_dict() if name.endswith("bias")]
+    idx = random_ids(TINY)
+    close(ours(idx), in_hugging_face(ours)(idx).logits)
+
+
+@torch.no_grad()
+def test_logits_of_the_reference_size_equal_hugging_face():
+    ours = shaken(Config(dropout=0.0), std=0.02)
+    idx = random_ids(ours.config, batch=2)
+    close(ours(idx), in_hugging_face(ours)(idx).logits)
+
+
+def test_dropout_falls_where_gpt2_drops():
+    """Both draw from the same generator in the same order, so any misplaced or missing dropout changes the logits."""
+    ours = shaken(dataclasses.replace(TINY, dropout=0.3))
+    theirs = in_hugging_face(ours)
+    idx = random_ids(TINY)
+    torch.manual_seed(1)
+    expected = theirs.train()(idx).logits
+    torch.manual_seed(1)
+    close(ours.train()(idx), expected)
+    assert distance(ours.eval()(idx), expected) > 0.1
+
+
+def test_evaluation_is_deterministic():
+    model = shaken(dataclasses.replace(TINY, dropout=0.5))
+    idx = random_ids(TINY)
+    assert torch.equal(model(idx), model(idx))
+
+
+@torch.no_grad()
+def test_a_later_token_never_changes_an_earlier_logit():
+    model = shaken(TINY)
+    idx = random_ids(TINY)
+    before = model(idx)
+    for cut in range(TINY.block_size):
+        changed = idx.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % TINY.vocab_size
+        after = model(changed)
+        close(after[:, :cut], before[:, :cut], 1e-6)
+        assert (after[:, cut] - before[:, cut]).abs().max() > 1e-3
+
+
+def test_initialisation_is_the_reference_one():
+    torch.manual_seed(0)
+    config = Config()
+    model = GPT(config)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert p.count_nonzero() == 0, name
+        elif ".ln_" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            residual = name.endswith("c_proj.weight")
+            expected = 0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.02), name
+            assert abs(p.mean().item()) < 0.05 * expected, name
+
+
+def test_the_default_model_has_about_30_million_parameters():
+    C, blocks = 384, 6
+    block = (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C) + 4 * C
+    with torch.device("meta"):
+        count = GPT(Config()).parameter_count()
+    assert count == VOCAB * C + 128 * C + blocks * block + 2 * C
+    assert 29e6 < count < 31e6
+
+
+# ------------------------------------------------------------------------------------------
+# The loss
+
+
+def head_inputs(rows: int = 40, width: int = 32, vocab: int = VOCAB, device: str = "cpu"):
+    """Features like a LayerNorm's, a head that prefers some tokens, targets with repeats."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, width)
+    weight = 0.3 * torch.randn(vocab, width)
+    targets = torch.randint(vocab, (rows,))
+    targets[: rows // 4] = targets[0]
+    return x.to(device).requires_grad_(), weight.to(device).requires_grad_(), targets.to(device)
+
+
+def full_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The oracle: all logits at once, in float32 from the softmax on."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def loss_and_gradients(function, x, weight, targets, scale: float = 1.0):
+    loss = function(x, weight, targets)
+    dx, dw = torch.autograd.grad(loss * scale, (x, weight))
+    return loss.detach(), dx / scale, dw / scale
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 101, VOCAB])
+def test_head_loss_is_cross_entropy_over_exactly_the_vocabulary(vocab):
+    inputs = head_inputs(vocab=vocab)
+    for ours, theirs in zip(loss_and_gradients(head_loss, *inputs), loss_and_gradients(full_loss, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_counts_for_nothing_where_it_would_be_the_likeliest():
+    x = torch.ones(5, 32, requires_grad=True)
+    weight = torch.full((VOCAB, 32), -1.0, requires_grad=True)  # every real logit is -32, a zero row's would be 0
+    loss, dx, _ = loss_and_gradients(head_loss, x, weight, torch.arange(5))
+    assert loss.item() == pytest.approx(torch.tensor(VOCAB).log().item(), abs=1e-3)
+    close(dx, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("chunk, rows", [(7, 3), (3, 7), (1, 1), (40, 40), (39, 13)])
+def test_head_loss_does_not_depend_on_its_chunks(monkeypatch, chunk, rows):
+    monkeypatch.setitem(model_module.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(model_module.ROWS, "cpu", rows)
+    inputs = head_inputs(vocab=101)
+    for ours, theirs in zip(loss_and_gradients(head_loss, *inputs), loss_and_gradients(full_loss, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_without_gradients_is_the_same_number():
+    inputs = head_inputs()
+    expected = head_loss(*inputs)
+    with torch.no_grad():
+        close(head_loss(*inputs), expected.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"bias": False}, {"gelu": "tanh"}])
+def test_the_models_loss_is_that_of_its_logits(changes):
+    model = shaken(dataclasses.replace(TINY, **changes))
+    idx, targets = random_ids(TINY), random_ids(TINY)
+    close(model(idx, targets), F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()))
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    inputs = head_inputs()
+    loss, dx, dw = loss_and_gradients(full_loss, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_gradients(head_loss, *inputs)
+    assert ours[0].dtype == torch.float32
+    assert ours[0].item() == pytest.approx(loss.item(), rel=5e-3)
+    assert distance(ours[1], dx) < 0.02 and distance(ours[2], dw) < 0.02
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_scaled_float16_gradients_equal_those_of_full_logits(device):
+    inputs = head_inputs(device=device)
+    scale = torch.amp.GradScaler(device, init_scale=65536.0).scale(torch.ones((), device=device)).item()
+    with torch.autocast(device, torch.float16):
+        ours = loss_and_gradients(head_loss, *inputs, scale)
+        full = loss_and_gradients(full_loss, *inputs, scale)
+    for mine, other in zip(ours, full, strict=True):
+        assert mine.isfinite().all()
+        assert distance(mine, other) < 2e-3  # float16 keeps 11 bits: 5e-4 a rounding
+        assert (mine - other).abs().max() < 4e-3 * other.abs().max()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_float16_keeps_the_gradient_of_very_unlikely_tokens(device):
+    """Each of 50,256 tokens has a probability of about 2e-8, which plain float16 rounds to zero."""
+    x, weight, _ = head_inputs(rows=32, device=device)
+    with torch.no_grad():
+        x[:, 0], weight[:, 0], weight[0, 0] = 4.0, 0.0, 4.6
+        weight[:, 1:] *= 0.1
+    targets = torch.zeros(32, dtype=torch.long, device=device)
+    assert 1e-8 < F.linear(x, weight).softmax(dim=1).median() < 3e-8
+    exact = loss_and_gradients(full_loss, x, weight, targets)[2][1:]
+    with torch.autocast(device, torch.float16):
+        ours = loss_and_gradients(head_loss, x, weight, targets, 65536.0)[2][1:]
+    assert (ours[:, 0] > 0).all()
+    assert distance(ours.sum(0), exact.sum(0)) < 0.1 and distance(ours, exact) < 0.3
+
+
+# ------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_parts_give_the_same_loss_and_gradients():
+    eager = shaken(dataclasses.replace(TINY, n_layer=1)).train()
+    compiled = copy.deepcopy(eager)
+    compiled.compile_parts()
+    idx, targets = random_ids(TINY), random_ids(TINY)
+    losses = [model(idx, targets) for model in (eager, compiled)]
+    close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for (name, p), (other, q) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+        assert name == other
+        close(q.grad, p.grad)
+
+
+# ------------------------------------------------------------------------------------------
+# Generation
+
+
+@torch.no_grad()
+def plain_greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """No cache: the whole window through the model for every token; a full window loses its oldest quarter."""
+    size = model.config.block_size
+    window, out = list(prompt)[-size:], []
+    for _ in range(count):
+        out.append(model(torch.tensor([window]))[0, -1].argmax().item())
+        window.append(out[-1])
+        if len(window) > size:
+            window = window[-(size - size // 4) :]
+    return out
+
+
+def generated(model: GPT, prompt: torch.Tensor, count: int, **settings) -> list[list[int]]:
+    """All that `generate` yields, a list for each row."""
+    steps = [*generate(model, prompt, count, **settings)]
+    return torch.stack(steps, dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    "block_size, prompt_length", [(16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9)]
+)
+def test_cached_greedy_generation_equals_uncached(block_size, prompt_length):
+    model = shaken(dataclasses.replace(TINY, block_size=block_size), std=0.4)
+    prompts = random_ids(model.config, batch=3, length=prompt_length)
+    rows = generated(model, prompts, 50, temperature=0)
+    assert rows == [plain_greedy(model, prompt, 50) for prompt in prompts.tolist()]
+    assert block_size == 1 or max(len(set(row)) for row in rows) > 3, "a story of a few tokens proves little"
+
+
+def test_generation_of_nothing_yields_nothing():
+    assert [*generate(shaken(TINY), random_ids(TINY, 2, 3), 0)] == []
+
+
+def draws(model: GPT, count: int, **settings) -> torch.Tensor:
+    """How often each token follows one fixed prompt, as shares of `count` draws."""
+    prompt = torch.zeros(count, 3, dtype=torch.long)
+    (tokens,) = generate(model, prompt, 1, generator=torch.Generator().manual_seed(5), **settings)
+    return torch.bincount(tokens, minlength=model.config.vocab_size) / count
+
+
+def assert_shares(shares: torch.Tensor, expected: torch.Tensor, count: int) -> None:
+    """Five standard errors: fails by chance once in a million."""
+    assert (shares - expected).abs().le(5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
+    model = shaken(dataclasses.replace(TINY, vocab_size=8))
+    logits = model(torch.zeros(1, 3, dtype=torch.long))[0, -1].detach()
+    count = 20_000
+    assert_shares(draws(model, count, temperature=temperature), (logits / temperature).softmax(0), count)
+
+
+def test_top_k_draws_among_the_k_likeliest_only():
+    model = shaken(TINY)
+    logits = model(torch.zeros(1, 3, dtype=torch.long))[0, -1].detach()
+    expected = torch.zeros(TINY.vocab_size)
+    likeliest = logits.argsort(descending=True)[:3]
+    expected[likeliest] = (logits[likeliest] / 3).softmax(0)
+    assert expected[likeliest].min() > 0.05
+    assert_shares(draws(model, 20_000, temperature=3.0, top_k=3), expected, 20_000)
+
+
+@pytest.mark.parametrize("top_k", [101, 102, 10**12])
+def test_a_top_k_of_the_vocabulary_or_more_is_no_limit(top_k):
+    model = shaken(TINY)
+    assert torch.equal(draws(model, 2000, top_k=top_k), draws(model, 2000, top_k=0))
+
+
+def test_top_k_1_is_greedy():
+    model, prompt = shaken(TINY, std=0.4), random_ids(TINY, 2, 4)
+    assert generated(model, prompt, 30, top_k=1) == generated(model, prompt, 30, temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 1e-46, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_very_small_temperature_takes_the_likeliest(temperature, top_k):
+    logits = torch.randn(6, 50)
+    assert torch.equal(pick(logits, temperature, top_k, None), logits.argmax(dim=1))
+
+
+def test_a_huge_temperature_draws_evenly():
+    token = pick(torch.randn(20_000, 4), 1e308, 0, torch.Generator().manual_seed(0))
+    assert_shares(torch.bincount(token) / 20_000, torch.full((4,), 0.25), 20_000)
+
+
+def test_the_same_seed_gives_the_same_tokens_and_the_global_generator_is_untouched():
+    model, prompt = shaken(TINY), random_ids(TINY, 2, 4)
+    state = torch.get_rng_state()
+    first, again, other = (generated(model, prompt, 30, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_row_that_stopped_keeps_yielding_the_stop_token_and_all_stopped_is_the_end():
+    model, prompt, stop = shaken(dataclasses.replace(TINY, vocab_size=8), std=0.05), torch.ones(4, 2, dtype=torch.long), 3
+    seeded = [torch.Generator().manual_seed(0) for _ in range(2)]
+    free = generated(model, prompt, 100, generator=seeded[0])
+    ends = [row.index(stop) for row in free]
+    assert len(set(ends)) == len(ends), "the rows should stop at different steps"
+    expected = [row[:end] + [stop] * (max(ends) + 1 - end) for row, end in zip(free, ends, strict=True)]
+    assert generated(model, prompt, 100, generator=seeded[1], stop_token=stop) == expected
+
+
+# ------------------------------------------------------------------------------------------
+# Files
+
+
+def refused(path: Path) -> str:
+    """The one line that load_model refuses `path` with."""
+    with warnings.catch_warnings(record=True) as told, pytest.raises(UserError) as error:
+        warnings.simplefilter("always", UserWarning)
+        load_model(str(path))
+    line = str(error.value)
+    assert not [warning for warning in told if warning.category is UserWarning], "a second line on stderr"
+    assert line and len(line.splitlines()) == 1 and len(line) < 400
+    return line
+
+
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
+    model = shaken(TINY)
+    save_file(tmp_path / "model.pt", TINY, model, iteration=7)
+    back = load_model(str(tmp_path / "model.pt"))
+    assert back.config == TINY and not back.training
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight) and back.state_dict()[name].dtype == weight.dtype
+    assert load_file(tmp_path / "model.pt")["iteration"] == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_file(tmp_path / "model.pt", TINY, GPT(TINY))
+    return tmp_path / "model.pt"
+
+
+BAD_BYTES = {
+    "empty": b"",
+    "text": b"Once upon a time there was a cat.\n",
+    "json": b'{"format": "tinystories-gpt/1"}',
+    "readme": b"# TinyStories GPT\n",
+    "log": b"iteration,tokens,train_loss\n500,65536,9.4\n",
+    "python": b"import torch\n",
+    "dots": b".\nwE{Q6sS}l1 Ka)}",
+    "binary": bytes(range(256)) * 20,
+    "zip": b"PK\x05\x06" + bytes(18),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BYTES)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name):
+    (tmp_path / "x.pt").write_bytes(BAD_BYTES[name])
+    assert "x.pt" in refused(tmp_path / "x.pt")
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    assert "none.pt" in refused(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(share * len(whole))])
+    assert "model.pt" in refused(saved)
+
+
+class Bomb:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, write):
+    ran = tmp_path / "ran"
+    write({"format": FORMAT, "bomb": Bomb(ran)}, tmp_path / "x.pt")
+    assert "x.pt" in refused(tmp_path / "x.pt")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": {}}, {"format": "other/1"}, [1, 2], torch.zeros(3), {"transformer.wte.weight": torch.zeros(2, 2)}]
+)
+def test_a_torch_file_that_is_not_ours_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    assert "x.pt" in refused(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("key", ["config", "model"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(saved, key):
+    content = torch.load(saved)
+    del content[key]
+    torch.save(content, saved)
+    assert "model.pt" in refused(saved)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": 64}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 102}, {"bias": False}, {"block_size": 8}]
+)
+def test_weights_that_do_not_fit_the_config_are_refused(saved, changes):
+    content = torch.load(saved)
+    content["config"] |= changes
+    torch.save(content, saved)
+    assert "model.pt" in refused(saved)
+
+
+def test_a_config_field_of_another_version_is_refused_by_name(saved):
+    content = torch.load(saved)
+    content["config"]["n_layers"] = 2
+    torch.save(content, saved)
+    assert "n_layers" in refused(saved)
+
+
+# ------------------------------------------------------------------------------------------
+# Hugging Face's files
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    in_hugging_face(shaken(TINY)).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@pytest.mark.parametrize("gelu", ["gelu", "gelu_new"])
+@torch.no_grad()
+def test_a_hugging_face_folder_gives_the_same_logits(tmp_path, gelu):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=101, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
+    theirs = GPT2LMHeadModel(GPT2Config(activation_function=gelu, **settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path))
+    idx = random_ids(TINY)
+    assert not ours.training
+    close(ours(idx), theirs(idx).logits)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(config).save_pretrained(tmp_path)
+    assert "bert" in refused(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    assert tmp_path.name in refused(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1000])
+def test_a_damaged_hugging_face_folder_is_refused(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "gpt2" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_hugging_face_folder_without_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    assert "gpt2" in refused(folder)
+
+
+UNFIT = {"n_embd": 64, "n_layer": 3, "n_head": 3, "n_positions": 8, "activation_function": "relu", "tie_word_embeddings": False,
+         "layer_norm_epsilon": 1e-3, "n_inner": 100}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", UNFIT)
+def test_a_hugging_face_config_that_does_not_fit_is_refused(folder, field):
+    """A layer missing from the file among them: transformers would make it up and say so in a table."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: UNFIT[field]}))
+    refused(folder)

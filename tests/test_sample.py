@@ -1,0 +1,350 @@
+"""sample.py: what arrives on stdout and stderr, and how wrong inputs are answered."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import sample
+from config import Config
+from model import GPT, save_file
+from prepare_data import END_OF_TEXT, tokenizer
+
+SAMPLE = Path(sample.__file__)
+TINY = Config(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50257, dropout=0.0)
+FOX = "🦊"  # three tokens of GPT-2, none of them a whole character
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The products here are tiny: a second thread would only wait, and for long where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_model(path: Path, settings: Config = TINY) -> str:
+    torch.manual_seed(0)
+    save_file(path, settings, GPT(settings))
+    return str(path)
+
+
+def parrot(path: Path, prompt: str, *tokens: int) -> str:
+    """A model that goes on after `prompt` with `tokens`, when greedy: position p alone decides what comes after it."""
+    model = GPT(TINY)
+    start = len(tokenizer().encode(prompt)) or 1  # an empty prompt is one end-of-text
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.transformer.wpe.weight.copy_(1000.0 * torch.eye(TINY.block_size, TINY.n_embd))
+        for position, token in enumerate(tokens, start - 1):
+            model.transformer.wte.weight[token, position] = 1.0
+    save_file(path, TINY, model)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A model that has learnt nothing: every seed tells another story."""
+    return random_model(tmp_path_factory.mktemp("sample") / "model.pt")
+
+
+@pytest.fixture
+def story(capsys):
+    """Calls sample.py's main: (stdout, stderr)."""
+
+    def call(*argv: str) -> tuple[str, str]:
+        sample.main([*argv])
+        return tuple(capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """Calls sample.py as the shell does: the one line it refuses with."""
+
+    def call(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+        with pytest.raises(SystemExit) as end:
+            config.run(sample.main)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == ""
+        return the_error(err)
+
+    return call
+
+
+def the_error(stderr: str) -> str:
+    assert re.fullmatch(r"error: [^\n]+\n", stderr), stderr
+    return stderr
+
+
+def stdin(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def command(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SAMPLE, *argv], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=60
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# Text
+
+
+def test_text_streams_as_whole_characters_as_soon_as_they_are_whole():
+    text = f"A fox {FOX}, a naïve café, 你好."
+    tokens = tokenizer().encode(text)
+    read = []
+    arrived = [(piece, len(read)) for piece in sample.pieces(read.append(token) or token for token in tokens)]
+    assert "".join(piece for piece, _ in arrived) == text
+    assert len(tokenizer().encode(FOX)) > 1 and "\ufffd" not in text
+    for i, (_, count) in enumerate(arrived):
+        whole = tokenizer().decode_bytes(tokens[:count])  # what the tokens so far spell, an unfinished character left off
+        assert "".join(piece for piece, _ in arrived[: i + 1]) == whole.decode("utf-8", errors="ignore")
+
+
+def test_a_piece_arrives_before_the_next_token_is_drawn():
+    def tokens():
+        yield tokenizer().encode("A")[0]
+        raise AssertionError("one token was enough")
+
+    assert next(sample.pieces(tokens())) == "A"
+
+
+def test_a_story_that_ends_inside_a_character_has_it_replaced():
+    tokens = tokenizer().encode(f"A{FOX}")[:-1]
+    assert "".join(sample.pieces(iter(tokens))) == "A\ufffd"
+
+
+def test_bytes_that_are_no_character_are_replaced_and_the_text_goes_on():
+    middle = tokenizer().encode(FOX)[1]
+    assert "".join(sample.pieces(iter([middle, *tokenizer().encode(" end")]))).strip("\ufffd") == " end"
+
+
+def test_stdout_holds_the_prompt_and_its_continuation_and_stops_at_end_of_text(story, tmp_path):
+    words = tokenizer().encode(f" a {FOX} ran.")
+    path = parrot(tmp_path / "model.pt", "There was", *words, END_OF_TEXT, *words)
+    out, err = story("--checkpoint", path, "--prompt", "There was", "--temperature", "0", "--seed", "7")
+    assert out == f"There was a {FOX} ran.\n"
+    assert path in err and "seed 7" in err
+
+
+def test_several_samples_are_whole_in_order_and_a_line_between(story, checkpoint, tmp_path):
+    path = parrot(tmp_path / "model.pt", "One day", *tokenizer().encode(f" a {FOX}"), END_OF_TEXT)
+    out, _ = story("--checkpoint", path, "--prompt", "One day", "--temperature", "0", "--num_samples", "3")
+    assert out.split("\n---\n") == [f"One day a {FOX}", f"One day a {FOX}", f"One day a {FOX}\n"]
+    out, _ = story("--checkpoint", checkpoint, "--num_samples", "4", "--max_new_tokens", "12")
+    texts = out.split("\n---\n")
+    assert len(set(texts)) == 4 and all(text.startswith("Once upon a time") for text in texts)
+
+
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_the_same_seed_tells_the_same_story_and_another_seed_another(story, checkpoint, count):
+    first, again, other = (
+        story("--checkpoint", checkpoint, "--num_samples", count, "--max_new_tokens", "40", "--seed", seed)[0] for seed in "112"
+    )
+    assert first == again != other
+
+
+def test_a_random_seed_is_told_and_gives_the_story_again(story, checkpoint):
+    arguments = ["--checkpoint", checkpoint, "--max_new_tokens", "20"]
+    out, err = story(*arguments)
+    seed = re.search(r"seed (\d+)", err)[1]
+    assert story(*arguments, "--seed", seed)[0] == out
+    assert f"seed {seed}" not in story(*arguments)[1]
+
+
+@pytest.mark.parametrize("count, expected", [("1", "Hello\n"), ("2", "Hello\n---\nHello\n")])
+def test_no_new_tokens_is_the_prompt_alone(story, checkpoint, count, expected):
+    assert story("--checkpoint", checkpoint, "--prompt", "Hello", "--max_new_tokens", "0", "--num_samples", count)[0] == expected
+
+
+def test_max_new_tokens_bounds_the_continuation(story, tmp_path):
+    words = tokenizer().encode(" one two three")
+    path = parrot(tmp_path / "model.pt", "Count", *words)
+    assert story("--checkpoint", path, "--prompt", "Count", "--temperature", "0", "--max_new_tokens", "2")[0] == "Count one two\n"
+
+
+@pytest.mark.parametrize("content", [b"There was", b"There was\n", b"There was\r\n"])
+def test_a_prompt_of_a_dash_reads_standard_input(story, monkeypatch, tmp_path, content):
+    path = parrot(tmp_path / "model.pt", "There was", *tokenizer().encode(" a cat"), END_OF_TEXT)
+    stdin(monkeypatch, content)
+    assert story("--checkpoint", path, "--prompt", "-", "--temperature", "0")[0] == "There was a cat\n"
+
+
+def test_an_empty_prompt_starts_from_end_of_text(story, tmp_path):
+    path = parrot(tmp_path / "model.pt", "", *tokenizer().encode("Hello there"), END_OF_TEXT)
+    assert story("--checkpoint", path, "--prompt", "", "--temperature", "0")[0] == "Hello there\n"
+
+
+def test_the_end_of_text_string_in_a_prompt_is_plain_text(story, checkpoint):
+    prompt = "a<|endoftext|>b"
+    out, _ = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "1")
+    assert out.startswith(prompt) and len(out) > len(prompt) + 1
+
+
+def test_a_prompt_longer_than_the_context_is_told_printed_whole_and_continued(story, checkpoint):
+    prompt = "cat " * 40
+    out, err = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "20")
+    assert out.startswith(prompt) and len(out) > len(prompt) + 20
+    assert re.search(r"^warning: .*\b16\b", err, re.MULTILINE)
+    assert "warning" not in story("--checkpoint", checkpoint, "--prompt", "cat", "--max_new_tokens", "20")[1]
+
+
+# ------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_the_default_checkpoint_is_the_newest_model(tmp_path):
+    for age, name in enumerate(["b", "c", "a"]):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        path = parrot(tmp_path / "out" / name / "model.pt", "I am", tokenizer().encode(f" {name}")[0], END_OF_TEXT)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    done = command("--prompt", "I am", "--temperature", "0", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "I am b\n", done.stderr
+
+
+def test_a_checkpoint_with_a_training_state_beside_the_weights_is_read(story, tmp_path):
+    save_file(tmp_path / "ckpt.pt", TINY, GPT(TINY), optimizer={"state": {0: torch.zeros(2)}}, iteration=3)
+    assert story("--checkpoint", str(tmp_path / "ckpt.pt"), "--max_new_tokens", "3")[0].startswith("Once upon a time")
+
+
+def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, initializer_range=0.3)).eval()
+    theirs.save_pretrained(tmp_path)
+    prompt = torch.tensor([tokenizer().encode("Once upon a time")])
+    ids = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, pad_token_id=END_OF_TEXT)
+    out, _ = story("--checkpoint", str(tmp_path), "--temperature", "0", "--max_new_tokens", "12", "--dtype", "float32")
+    assert out == tokenizer().decode(ids[0].tolist()) + "\n"
+
+
+# ------------------------------------------------------------------------------------------
+# Wrong inputs
+
+WRONG = {
+    ("--temprature", "1"): "did you mean --temperature",
+    ("--num_samples=2", "--temp", "1"): "unknown flag --temp",
+    ("--seeed=3",): "did you mean --seed",
+    ("--temperature", "nan"): "--temperature",
+    ("--temperature", "inf"): "--temperature",
+    ("--temperature", "-0.5"): "0 or more",
+    ("--temperature", "warm"): "'warm'",
+    ("--top_k", "-1"): "--top_k",
+    ("--top_k", "2.5"): "whole number",
+    ("--num_samples", "0"): "1 or more",
+    ("--max_new_tokens", "-3"): "--max_new_tokens",
+    ("--max_new_tokens", ""): "--max_new_tokens",
+    ("--seed", "-1"): "--seed",
+    ("--seed", "99999999999999999999"): "--seed",
+    ("--device", "gpu"): "cuda",
+    ("--dtype", "float23"): "did you mean float32",
+    ("--prompt",): "--prompt",
+    ("Once",): "Once",
+    ("--prompt", "\udcff"): "UTF-8",
+    ("--device", "cuda:99"): "cuda:99",
+    ("--device", "cpu", "--dtype", "float16"): "float16",
+    ("--checkpoint", "none/model.pt"): "none/model.pt",
+}
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(refusal, argv):
+    assert WRONG[argv] in refusal(*argv)
+
+
+def test_without_any_checkpoint_the_line_names_the_way_to_one(refusal, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "train.py" in refusal()
+
+
+@pytest.mark.parametrize("content", [b"", b"Once upon a time", bytes(1000)])
+def test_a_file_that_is_no_checkpoint_is_one_line(refusal, tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    assert "x.pt" in refusal("--checkpoint", str(tmp_path / "x.pt"))
+
+
+def test_a_truncated_checkpoint_is_one_line_that_names_it(refusal, checkpoint, tmp_path):
+    whole = Path(checkpoint).read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
+    assert "x.pt" in refusal("--checkpoint", str(tmp_path / "x.pt"))
+
+
+def test_a_model_of_another_vocabulary_is_one_line(refusal, tmp_path):
+    path = random_model(tmp_path / "model.pt", Config(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=100))
+    line = refusal("--checkpoint", path)
+    assert "100" in line and "50257" in line
+
+
+def test_standard_input_that_is_not_utf_8_is_one_line(refusal, monkeypatch, checkpoint):
+    stdin(monkeypatch, b"caf\xe9")
+    assert "UTF-8" in refusal("--prompt", "-", "--checkpoint", checkpoint)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    done = command("--checkpoint", "someone/some-gpt2", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "someone/some-gpt2" in the_error(done.stderr)
+
+
+def test_a_text_file_as_checkpoint_is_one_line_in_a_real_shell(tmp_path):
+    """In a process of its own: warnings of the libraries would show here."""
+    (tmp_path / "notes.pt").write_text("Once upon a time there was a cat.")
+    done = command("--checkpoint", "notes.pt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "notes.pt" in the_error(done.stderr)
+
+
+def test_a_hugging_face_folder_whose_weights_do_not_fit_is_one_line(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    GPT2LMHeadModel(theirs).save_pretrained(tmp_path / "gpt2")
+    theirs.n_layer = 2
+    theirs.save_pretrained(tmp_path / "gpt2")
+    done = command("--checkpoint", "gpt2", "--max_new_tokens", "1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "gpt2" in the_error(done.stderr)
+
+
+def test_help_says_every_flag_and_answers_within_three_seconds():
+    seconds = []
+    for _ in range(3):  # a busy machine gets another try
+        start = time.monotonic()
+        done = command("--help")
+        seconds.append(time.monotonic() - start)
+        if seconds[-1] < 3:
+            break
+    assert min(seconds) < 3, seconds
+    assert done.returncode == 0 and done.stderr == ""
+    told = {
+        entry.split()[0]: bool(re.search("default: |if not given", " ".join(entry.split()))) for entry in done.stdout.split("\n  --")[1:]
+    }
+    flags = ["prompt", "checkpoint", "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "device", "dtype"]
+    assert told == dict.fromkeys(flags, True)
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint):
+    process = subprocess.Popen(
+        [sys.executable, SAMPLE, "--checkpoint", checkpoint, "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.read(1) == b"O"
+    process.stdout.close()
+    notices = process.stderr.read().decode()
+    process.stderr.close()
+    process.wait(timeout=30)
+    assert len(notices.splitlines()) == 1 and "seed 1" in notices

@@ -1,0 +1,734 @@
+"""Trains the GPT: `python train.py --preset demo`, or without a preset the reference run.
+
+    for every update (an optimizer step over gradient_accumulation_steps iterations):
+        for every pass (what goes through the device at once):
+            forward, loss, backward: gradients add up
+        clip them, set the learning rate, step
+
+Around it: evaluation on fixed windows, whole-or-nothing checkpoints, a log, a plot. Every
+random choice is a function of the seed and the place in the run, so that a run resumed
+from `ckpt.pt` goes on as if it had never stopped, on one device or many.
+"""
+
+import csv
+import dataclasses
+import datetime
+import fcntl
+import io
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config import Config, Parser, UserError, add_config_flags, notice, one_line, run, whole_file
+from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
+from prepare_data import load_meta, open_split, prepare, same_dataset
+from sample import pick_device, pick_dtype, stories
+
+# What a resumed run may change, since none of it changes what has been learnt so far.
+MAY_CHANGE = {
+    "max_iters", "lr_decay_iters", "eval_interval", "checkpoint_minutes", "device", "dtype", "compile",
+    "device_batch_size", "data_dir", "out_dir", "plot_dir",
+}  # fmt: skip
+LOG_COLUMNS = (
+    "iteration", "tokens", "train_loss", "val_loss", "val_bits_per_byte",
+    "learning_rate", "grad_norm", "skipped_updates", "tokens_per_second", "seconds",
+)  # fmt: skip
+MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which a run cannot recover
+REFERENCE_CURVE = Path(__file__).parent / "plots" / "published_reference.csv"
+
+# ------------------------------------------------------------------------------------------
+# Pure functions of the config and the place in the run
+
+
+def learning_rate_at(config: Config, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 0: linear warmup, then a cosine.
+
+    PyTorch's SequentialLR of LinearLR and CosineAnnealingLR (Loshchilov and Hutter, 2017,
+    equation 5), in closed form; min_lr from decay_iters on.
+    """
+    if iteration < config.warmup_iters:
+        start = config.warmup_start_factor
+        return config.learning_rate * (start + (1 - start) * iteration / config.warmup_iters)
+    if iteration >= config.decay_iters:
+        return config.min_lr
+    progress = (iteration - config.warmup_iters) / (config.decay_iters - config.warmup_iters)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def update_end(config: Config, iteration: int) -> int:
+    """The iteration at which the update that holds `iteration` is done."""
+    steps = config.gradient_accumulation_steps
+    return min((iteration // steps + 1) * steps, config.max_iters)
+
+
+def evaluation_at(config: Config, iteration: int) -> int | None:
+    """The iteration whose evaluation falls on the update boundary `iteration`, if one does.
+
+    Weights change only at updates, so the evaluation at iteration 500 scores them as the
+    last whole update before it (32 x 15 = 480) left them. Before training there is none.
+    """
+    if iteration == config.max_iters:
+        return iteration
+    due = math.ceil(iteration / config.eval_interval) * config.eval_interval
+    return due if iteration > 0 and due < update_end(config, iteration) else None
+
+
+def random_state(seed: int, *place: int) -> np.random.SeedSequence:
+    """Randomness for one place in the run; neither seeds nor places overlap."""
+    return np.random.SeedSequence(seed, spawn_key=place)
+
+
+CROPS, DROPOUT, WEIGHTS = range(3)  # the first number of every place
+
+
+def seed_torch(seed: int, *place: int) -> None:
+    torch.manual_seed(int(random_state(seed, *place).generate_state(1, np.uint64)[0]))
+
+
+def crop_starts(config: Config, iteration: int, length: int) -> np.ndarray:
+    """Where the iteration's sequences begin in a split of `length` tokens: (batch_size,)."""
+    rng = np.random.default_rng(random_state(config.seed, CROPS, iteration))
+    return rng.integers(0, length - config.block_size, size=config.batch_size)
+
+
+def even_starts(config: Config, length: int) -> np.ndarray:
+    """Where an evaluation's windows begin: up to eval_iters x batch_size, evenly spaced."""
+    last = length - config.block_size - 1
+    count = min(config.eval_iters * config.batch_size, last + 1)
+    return np.linspace(0, last, count).round().astype(np.int64)
+
+
+def in_passes(starts: np.ndarray, size: int) -> list[np.ndarray]:
+    return [starts[i : i + size] for i in range(0, len(starts), size)]
+
+
+def read_batch(split: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows at `starts` and the same one token on: ids (B, block_size), twice, on the device.
+
+    To a GPU the copy is asynchronous (from pinned memory), as is everything launched after it:
+    while the device works on one pass, this reads the next.
+    """
+    windows = torch.from_numpy(split[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    if device.type == "cuda":
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------
+# The command line, and what has to be there before a run
+
+
+def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], bool, bool]:
+    """The Config fields that were typed, and whether --resume and --overwrite were."""
+    parser = Parser("Trains the GPT; every setting of config.py is a flag.")
+    parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt (or start, if there is none)")
+    parser.add_argument("--overwrite", action="store_true", help="start again in an out_dir that holds a run, which is lost")
+    add_config_flags(parser)
+    typed = vars(parser.parse_args(argv))
+    resume, overwrite = typed.pop("resume"), typed.pop("overwrite")
+    if resume and overwrite:
+        raise UserError("--resume keeps the run in out_dir, --overwrite drops it: choose one")
+    return typed, resume, overwrite
+
+
+def plan_run(typed: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Config, dict[str, Any] | None]:
+    """The run's Config, and the checkpoint it goes on from, if it does."""
+    config = Config.from_preset(**typed)
+    path = Path(config.out_dir) / "ckpt.pt"
+    if not path.exists():
+        if resume:
+            notice(f"there is no {path} yet: starting from the beginning")
+        return config, None
+    if overwrite:
+        return config, None
+    if not resume:
+        raise UserError(f"{path} is there already: add --resume to go on with it, --overwrite to drop it, or name another --out_dir")
+    saved = load_file(path)
+    return resumed_config(typed, saved, path), saved
+
+
+def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
+    """The checkpoint's Config with what was typed now, if that may change. UserError if not."""
+    old = config_of(saved, path)
+    differs = {name: value for name, value in typed.items() if getattr(old, name) != value}
+    if "dataset" in differs and same_dataset(old.dataset, differs["dataset"]):
+        del differs["dataset"]
+    if refused := [f"{name} {getattr(old, name)} -> {value}" for name, value in differs.items() if name not in MAY_CHANGE]:
+        raise UserError(f"a resumed run cannot change {', '.join(refused)}; train anew in another --out_dir")
+    now, then = Config.from_preset(old.preset), dataclasses.asdict(old)
+    untyped = [name for name in then if name not in {*saved["typed"], *typed, "dataset", "data_dir", "out_dir"}]
+    edited = [f"{name} {then[name]} -> {getattr(now, name)}" for name in untyped if then[name] != getattr(now, name)]
+    if edited:
+        notice(f"config.py has changed since ({', '.join(edited)}): the run keeps the checkpoint's values")
+    changes = {name: value for name, value in typed.items() if name in MAY_CHANGE}
+    config = dataclasses.replace(old, **changes, out_dir=str(path.parent))
+    if config.decay_iters != old.decay_iters:
+        notice(f"warning: the schedule changes: the learning rate now decays until iteration {config.decay_iters}, not {old.decay_iters}")
+    return config
+
+
+def prepared_data(config: Config, typed: dict[str, Any], several_ranks: bool) -> dict[str, Any]:
+    """The meta.json of the run's data, which is prepared if it is not there. UserError if it does not suit."""
+    folder = Path(config.data_dir)
+    if not any((folder / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
+        if several_ranks:
+            raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before torchrun")
+        notice(f"no prepared data in {folder}: preparing {config.dataset}")
+        prepare(config.dataset, config.data_dir)
+    meta = load_meta(config.data_dir)
+    if "dataset" in typed and not same_dataset(meta["dataset"], typed["dataset"]):
+        raise UserError(f"{folder} holds {meta['dataset']}, not {typed['dataset']}: name another --data_dir, or leave --dataset out")
+    if meta["vocab_size"] != config.vocab_size:
+        raise UserError(f"vocab_size {config.vocab_size} is not that of the data in {folder}, {meta['vocab_size']}")
+    for name, split in meta["splits"].items():
+        if split["tokens"] < config.block_size + 1:
+            least = config.block_size + 1
+            raise UserError(f"the {name} split in {folder} has {split['tokens']} tokens: block_size {config.block_size} needs {least}")
+    return meta
+
+
+def should_compile(name: str) -> bool:
+    """Whether to torch.compile; auto: where there is a C++ compiler to do it with."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if name == "true" and compiler is None:
+        raise UserError("compile true needs a C++ compiler (Debian and Colab: apt-get install g++); use --compile false or auto")
+    return name == "true" or (name == "auto" and compiler is not None)
+
+
+def lock_folder(folder: Path) -> None:
+    """Holds `folder` for this process until it ends. UserError if another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)  # left open: the lock lives as long as the process
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another train.py is at work in {folder}: name another --out_dir") from None
+    except OSError:
+        pass  # a file system without locks (some network drives)
+
+
+def clear_folder(folder: Path) -> None:
+    """Drops an earlier run, so that none of its files is taken for one of this run."""
+    for name in ("ckpt.pt", "model.pt", "log.csv"):
+        (folder / name).unlink(missing_ok=True)
+        for partial in folder.glob(f".{name}.*"):  # what a power cut left of a write
+            partial.unlink()
+
+
+# ------------------------------------------------------------------------------------------
+# Several devices, and being stopped
+
+
+class Ranks:
+    """The processes of a run: one, or those torchrun started. Each works on its share of every update."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if "RANK" not in os.environ:
+            return
+        if device.type == "cuda":
+            self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(self.device)
+        # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+
+    def share(self, items: np.ndarray) -> np.ndarray:
+        """This rank's part of the items, divided as evenly as can be; some get none if they are few."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Adds the tensor up over the ranks, in place. UserError if one of them has gone."""
+        if self.size > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as problem:
+                raise UserError(f"lost the other ranks ({one_line(problem)[:80]}): start again with --resume") from None
+
+    def add_up(self, parameters: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
+        """Sums gradients and loss in one go. A rank that had no work joins with zeros."""
+        if self.size == 1:
+            return
+        flat = torch.cat([*(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters), loss.view(1)])
+        self.sum(flat)
+        *gradients, total = flat.split([*(p.numel() for p in parameters), 1])
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.view_as(p)
+        loss.copy_(total[0])
+
+    def agree(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.size == 1:
+            return value
+        values = torch.zeros(self.size, dtype=torch.int64)
+        values[self.rank] = value
+        self.sum(values)
+        return int(values.max())
+
+    def check_same(self, facts: Any) -> None:
+        """UserError unless all ranks have the same facts (on several machines, files may differ)."""
+        if self.size > 1:
+            everyone: list[Any] = [None] * self.size
+            dist.all_gather_object(everyone, facts)
+            if any(other != facts for other in everyone):
+                raise UserError("the ranks differ in data, checkpoint or settings: out_dir and data_dir must be the same files for all")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a wish to stop: the first is noted, the second ends the process at once."""
+
+    def __init__(self, several_ranks: bool):
+        self.caught = 0
+        self.at = 0.0
+        # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun.
+        self.echo_seconds = 2.0 if several_ranks else 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number: int, frame: Any) -> None:
+        if not self.caught:
+            self.caught, self.at = number, time.monotonic()
+            os.write(2, b"\nstopping after the pass at hand (again: at once)\n")
+        elif time.monotonic() - self.at > self.echo_seconds:
+            os._exit(128 + number)
+
+
+# ------------------------------------------------------------------------------------------
+# One run
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run is, apart from weights and optimizer: what goes into a checkpoint besides them."""
+
+    iteration: int = 0
+    best_val_loss: float = math.inf
+    seconds: float = 0.0
+    grad_norm: float = 0.0
+    skipped_updates: int = 0
+    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+class Run:
+    """A model being trained: the state of the loop, and the steps it is made of."""
+
+    def __init__(self, config: Config, typed: dict[str, Any], meta: dict[str, Any], dtype: torch.dtype, ranks: "Ranks"):
+        self.config, self.typed, self.meta, self.dtype = config, typed, meta, dtype
+        device = self.device = ranks.device
+        self.out_dir = Path(config.out_dir)
+        self.ranks = ranks
+        self.splits = {name: open_split(config.data_dir, name) for name in ("train", "val")}
+        self.state = State()
+        seed_torch(config.seed, WEIGHTS)
+        self.model = GPT(config).to(device)  # drawn on the CPU: the same weights on every device
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if should_compile(config.compile):
+            self.model.compile_parts()
+        # Kept on the device until somebody asks, since reading stalls a GPU: loss and gradient norm
+        # of the last update; updates skipped, how many in a row, and since which iteration.
+        self.loss, self.grad_norm, self.skipped, self.streak, self.skipping_since = torch.zeros(5, device=device).unbind()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def update(self, end: int, stop: "StopSignal") -> None:
+        """One optimizer step over the iterations from the state's up to `end`; none if `stop` comes first."""
+        config, begin = self.config, self.state.iteration
+        starts = np.concatenate([crop_starts(config, i, len(self.splits["train"])) for i in range(begin, end)])
+        passes = in_passes(self.ranks.share(starts), config.pass_sequences)
+        self.loss = torch.zeros((), device=self.device)
+        for number, some in enumerate(passes):
+            seed_torch(config.seed, DROPOUT, begin, number, self.ranks.rank)
+            x, y = read_batch(self.splits["train"], some, config.block_size, self.device)
+            with self.autocast():
+                loss = self.model(x, y) * (len(some) / len(starts))
+            self.scaler.scale(loss).backward()
+            self.loss += loss.detach()
+            if stop.caught and self.ranks.size == 1:
+                return self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.add_up(list(self.model.parameters()), self.loss)
+        self.step(learning_rate_at(config, end - 1))
+        self.state.iteration = end
+
+    def step(self, learning_rate: float) -> None:
+        """Clips the gradient, steps, clears it. A gradient that is not finite changes no weight.
+
+        The fused optimizer looks at `found_inf` on the device (GradScaler's own way of skipping
+        a step), so nobody waits for the answer.
+        """
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.grad_clip or math.inf
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        skip = (~self.grad_norm.isfinite()).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = skip
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += skip
+        self.streak = (self.streak + 1) * skip
+        self.skipping_since = torch.where(self.streak == 1, self.state.iteration, self.skipping_since)
+
+    @torch.no_grad()
+    def loss_over(self, split: str, starts: np.ndarray) -> float:
+        """The mean loss of the split's windows at `starts`, dropout off."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for some in in_passes(self.ranks.share(starts), self.config.pass_sequences):
+            x, y = read_batch(self.splits[split], some, self.config.block_size, self.device)
+            # An odd last batch is not worth compiling for.
+            stance = "default" if len(some) == self.config.pass_sequences else "force_eager"
+            with self.autocast(), torch.compiler.set_stance(stance):
+                total += self.model(x, y).double() * len(some)
+        self.model.train()
+        self.ranks.sum(total)
+        return total.item() / len(starts)
+
+    def whole_split_loss(self, split: str) -> float:
+        """The mean loss over every token of the split but the first, each scored once."""
+        size, tokens = self.config.block_size, len(self.splits[split]) - 1
+        starts = np.arange(0, tokens - size + 1, size)
+        total = self.loss_over(split, starts) * len(starts) * size
+        if rest := tokens % size:
+            x, y = read_batch(self.splits[split], np.array([tokens - rest]), rest, self.device)
+            self.model.eval()
+            with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
+                total += self.model(x, y).item() * rest
+        return total / tokens
+
+    def evaluate(self, label: int, tokens_per_second: float, seconds: float) -> dict[str, float]:
+        """Scores both splits on their fixed windows, and appends the row to the log."""
+        losses = {name: self.loss_over(name, even_starts(self.config, len(split))) for name, split in self.splits.items()}
+        self.settle()
+        if not all(map(math.isfinite, losses.values())):
+            raise UserError(f"the loss at iteration {label} is not finite: try a lower learning_rate; {self.last_checkpoint()}")
+        row = dict(
+            iteration=label,
+            tokens=label * self.config.tokens_per_iteration,
+            train_loss=losses["train"],
+            val_loss=losses["val"],
+            val_bits_per_byte=bits_per_byte(losses["val"], self.meta["splits"]["val"]),
+            learning_rate=learning_rate_at(self.config, max(self.state.iteration - 1, 0)),
+            grad_norm=self.state.grad_norm,
+            skipped_updates=self.state.skipped_updates,
+            tokens_per_second=tokens_per_second,
+            seconds=seconds,
+        )
+        self.state.log.append(row)
+        return row
+
+    def settle(self) -> None:
+        """Brings the device's figures into the state. UserError if no update gets through any more."""
+        self.state.grad_norm = self.grad_norm.item()
+        self.state.skipped_updates += int(self.skipped.item())
+        self.skipped.zero_()
+        if self.streak.item() >= MAX_SKIPPED:
+            since = int(self.skipping_since.item())
+            raise UserError(f"the gradient is not finite since iteration {since}: try a lower learning_rate; {self.last_checkpoint()}")
+
+    def last_checkpoint(self) -> str:
+        path = self.out_dir / "ckpt.pt"
+        return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+
+    def save_evaluated(self, row: dict[str, float]) -> None:
+        """After an evaluation: model.pt if it is the best so far, then log.csv, then ckpt.pt."""
+        best = row["val_loss"] < self.state.best_val_loss
+        self.state.best_val_loss = min(row["val_loss"], self.state.best_val_loss)
+        if self.ranks.rank == 0:
+            if best:
+                save_file(self.out_dir / "model.pt", self.config, self.model, **row, dataset=self.meta["dataset"])
+            write_log(self.out_dir / "log.csv", self.state.log)
+        self.save(row["seconds"])
+
+    def save(self, seconds: float) -> None:
+        """Writes ckpt.pt: all it takes to go on from here."""
+        self.settle()
+        self.state.seconds = seconds
+        if self.ranks.rank == 0:
+            self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        save_file(
+            self.out_dir / "ckpt.pt", self.config, self.model,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), state=dataclasses.asdict(self.state),
+            typed=self.typed, data=data_hashes(self.meta),
+        )  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """The inverse of `save`. UserError if the data is not the data the run began with."""
+        if saved["data"] != data_hashes(self.meta):
+            raise UserError(f"the data in {self.config.data_dir} has changed since this run began: resume with the data it was trained on")
+        load_weights(self.model, saved["model"], self.out_dir / "ckpt.pt")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.state = State(**saved["state"])
+        self.grad_norm = torch.tensor(self.state.grad_norm, device=self.device)
+
+
+def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019), decaying matrices and embeddings, not biases and LayerNorms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def data_hashes(meta: dict[str, Any]) -> dict[str, str]:
+    return {name: split["sha256"] for name, split in meta["splits"].items()}
+
+
+def bits_per_byte(loss: float, split: dict[str, Any]) -> float:
+    """A loss in nats per token as bits per UTF-8 byte of the split's text: comparable between vocabularies."""
+    return loss / math.log(2) * split["tokens"] / split["bytes"]
+
+
+def write_log(path: Path, log: list[dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: round(value, 6 if name != "learning_rate" else 12) for name, value in row.items()} for row in log)
+    with whole_file(path) as partial:
+        partial.write_text(text.getvalue())
+
+
+def draw_curves(path: Path, config: Config, log: list[dict[str, float]]) -> None:
+    """Losses over iterations, the learning rate below; for the reference preset the published curve behind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    if config.preset == "reference" and REFERENCE_CURVE.exists():
+        with open(REFERENCE_CURVE, newline="") as file:
+            points = [(int(row["iteration"]), float(row["val_loss"])) for row in csv.DictReader(file)]
+        losses.plot(*zip(*points, strict=True), color="0.7", linewidth=5, label="validation, published reference run")
+    at = [row["iteration"] for row in log]
+    losses.plot(at, [row["train_loss"] for row in log], "o-", markersize=3, label="train")
+    losses.plot(at, [row["val_loss"] for row in log], "o-", markersize=3, label="validation")
+    losses.set_ylabel("loss (nats per token)")
+    losses.set_title(f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration")
+    losses.legend()
+    losses.grid(alpha=0.3)
+    steps = np.unique(np.linspace(0, at[-1] - 1, 500).astype(int))
+    rate.plot(steps, [learning_rate_at(config, int(i)) for i in steps], color="tab:green")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("iteration")
+    rate.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def memory_estimate(config: Config, parameters: int, dtype: torch.dtype, kind: str) -> float:
+    """Gigabytes a pass takes on the device, within a third: weights, optimizer, activations, the head's chunk."""
+    size = 4 if dtype == torch.float32 else 2
+    tokens = config.pass_sequences * config.block_size
+    state = parameters * 16  # weights, gradient and AdamW's two moments, float32
+    # 17 values of C a block and token (Korthikanti et al., 2022, equation 2, without the attention matrix),
+    # and the residual stream in float32.
+    activations = tokens * config.n_layer * config.n_embd * (17 * size + 8)
+    head = config.vocab_size * (min(tokens, CHUNK[kind]) * (2 * size + 8) + config.n_embd * (4 + size))
+    return (state + activations + head) / 1e9
+
+
+# ------------------------------------------------------------------------------------------
+# The loop
+
+
+class Clock:
+    """Measures a run: its speed without evaluations, its age, the time it still needs."""
+
+    def __init__(self, config: Config, state: State, val_tokens: int):
+        self.config, self.val_tokens = config, val_tokens
+        self.born = time.monotonic() - state.seconds
+        self.training = 0.0  # seconds and iterations of training that have been measured
+        self.iterations = 0
+        self.restart(state.iteration)
+
+    def restart(self, iteration: int) -> None:
+        self.since, self.mark = time.monotonic(), iteration
+
+    def stop(self, iteration: int) -> float:
+        """Tokens per second since `restart`."""
+        seconds, done = time.monotonic() - self.since, iteration - self.mark
+        self.training += seconds
+        self.iterations += done
+        return done * self.config.tokens_per_iteration / seconds
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.born
+
+    def seconds_left(self, iteration: int) -> float:
+        """Training, evaluations and the last scoring; a forward pass is a third of an iteration."""
+        config = self.config
+        training = self.training + time.monotonic() - self.since
+        iterations = self.iterations + iteration - self.mark
+        evaluations = math.ceil((config.max_iters - iteration) / config.eval_interval)
+        forwards = evaluations * 2 * config.eval_iters + self.val_tokens / config.tokens_per_iteration
+        return (config.max_iters - iteration + forwards / 3) * training / max(iterations, 1)
+
+
+def train(run: Run, stop: StopSignal) -> bool:
+    """Updates until max_iters, with an evaluation where one is due and a checkpoint when it is time.
+
+    Returns whether it got there; if not, it was stopped, and has written a checkpoint.
+    """
+    config, state, leads = run.config, run.state, run.ranks.rank == 0
+    clock = Clock(config, state, run.meta["splits"]["val"]["tokens"])
+    saved_at = drawn_at = looked_at = time.monotonic()
+    compiled = False
+    with progress_bar(config, state.iteration, leads) as bar:
+        while not (stop_now := run.ranks.agree(stop.caught)):
+            label = evaluation_at(config, state.iteration)
+            if label is not None and all(row["iteration"] != label for row in state.log):
+                run.loss.item()  # wait for the device, so that the speed is true
+                row = run.evaluate(label, clock.stop(state.iteration), clock.seconds())
+                run.save_evaluated(row)
+                saved_at = time.monotonic()
+                if leads:
+                    bar.write(evaluation_line(row), file=sys.stderr)
+                    if saved_at - drawn_at > 10:
+                        draw_curves(plot_path(config), config, state.log)
+                        drawn_at = time.monotonic()
+                clock.restart(state.iteration)
+            if state.iteration >= config.max_iters:
+                return True
+            begin = state.iteration
+            run.update(update_end(config, begin), stop)
+            bar.update(state.iteration - begin)
+            if not compiled:  # the first update is no measure of the others
+                run.loss.item()
+                clock.restart(state.iteration)
+                compiled = True
+            elif time.monotonic() - looked_at > 1:  # at most once a second: looking makes a GPU wait
+                run.settle()
+                show_progress(bar, run, clock)
+                looked_at = time.monotonic()
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                run.save(clock.seconds())
+                saved_at = time.monotonic()
+        stop.caught = stop_now
+        run.save(clock.seconds())
+    return False
+
+
+def progress_bar(config: Config, done: int, show: bool) -> tqdm:
+    return tqdm(
+        total=config.max_iters, initial=done, disable=not show, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations{postfix}",
+    )  # fmt: skip
+
+
+def show_progress(bar: tqdm, run: Run, clock: Clock) -> None:
+    iteration = run.state.iteration
+    loss = run.loss.item()
+    speed = (clock.iterations + iteration - clock.mark) / (clock.training + time.monotonic() - clock.since)
+    left = tqdm.format_interval(clock.seconds_left(iteration))
+    rate = learning_rate_at(run.config, iteration - 1)
+    speed *= run.config.tokens_per_iteration
+    bar.set_postfix_str(f"{left} left, loss {loss:.3f}, lr {rate:.2e}, {speed:,.0f} tokens/s", refresh=False)
+
+
+def evaluation_line(row: dict[str, float]) -> str:
+    return (
+        f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f} "
+        f"({row['val_bits_per_byte']:.3f} bits per byte), {row['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def plot_path(config: Config) -> Path:
+    return Path(config.plot_dir) / f"{Path(config.out_dir).resolve().name}.png"
+
+
+def describe(run: Run) -> None:
+    """What is about to run, in a few lines."""
+    config = run.config
+    update = config.tokens_per_iteration * config.gradient_accumulation_steps
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    updates = math.ceil(config.max_iters / config.gradient_accumulation_steps)
+    parameters = run.model.parameter_count()
+    memory = memory_estimate(config, parameters, run.dtype, run.device.type)
+    compiled = "compiled" if should_compile(config.compile) else "not compiled"
+    notice(f"{config.preset}: {parameters / 1e6:.1f} M parameters on {device}, {str(run.dtype).removeprefix('torch.')}, {compiled}")
+    notice(f"data: {config.data_dir} ({run.meta['dataset']}), {run.meta['splits']['train']['tokens']:,} training tokens")
+    notice(
+        f"{config.max_iters:,} iterations in {updates:,} updates of {update:,} tokens: "
+        f"{config.max_iters * config.tokens_per_iteration:,} tokens in all; about {memory:.1f} GB of memory"
+    )
+
+
+def finish(run: Run) -> None:
+    """The whole validation split scored with the best weights, the plot, a short story."""
+    path = run.out_dir / "model.pt"
+    split = run.meta["splits"]["val"]
+    best = load_file(path)
+    load_weights(run.model, best["model"], path)
+    loss = run.whole_split_loss("val")
+    if run.ranks.rank != 0:
+        return
+    draw_curves(plot_path(run.config), run.config, run.state.log)
+    notice(f"the whole validation split ({split['tokens']:,} tokens), with the best weights (iteration {best['iteration']:,}):")
+    notice(f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, split):.4f} bits per byte")
+    notice(f"wrote {path} and {plot_path(run.config)}; a story from it:\n")
+    model = load_model(str(path)).to(run.device)
+    prompt = "Once upon a time"
+    print(prompt + "".join(stories(model, prompt, max_new_tokens=150, seed=run.config.seed)))
+
+
+def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -> Run:
+    """The run, fresh or as its checkpoint left it; refuses what cannot be before anything is made or lost."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    should_compile(config.compile)
+    meta = prepared_data(config, typed, several_ranks="RANK" in os.environ)
+    typed = {**(saved["typed"] if saved else {}), **typed}
+    run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
+    if saved:
+        run.restore(saved)
+    run.ranks.check_same((run.state.iteration, data_hashes(meta), config.seed, config.max_iters))
+    return run
+
+
+def main(argv: list[str]) -> None:
+    typed, resume, overwrite = parse_command_line(argv)
+    config, saved = plan_run(typed, resume, overwrite)
+    if saved and saved["state"]["iteration"] >= config.max_iters:
+        notice(f"the run in {config.out_dir} is finished: {saved['state']['iteration']:,} of {config.max_iters:,} iterations")
+        return
+    try:
+        run = start(config, typed, saved)
+        stop = StopSignal(run.ranks.size > 1)
+        if run.ranks.rank == 0:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+            lock_folder(run.out_dir)
+            if not saved:
+                clear_folder(run.out_dir)
+            describe(run)
+        if not train(run, stop):
+            notice(f"stopped at iteration {run.state.iteration:,}; go on with: python train.py --resume --out_dir {config.out_dir}")
+            sys.exit(128 + stop.caught)
+        finish(run)
+    except torch.OutOfMemoryError:
+        half = max(config.pass_sequences // 2, 1)
+        raise UserError(f"CUDA is out of memory: try --device_batch_size {half} (the result stays the same)") from None
+
+
+if __name__ == "__main__":
+    run(main)
