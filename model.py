@@ -285,7 +285,7 @@ def generate(
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
     """One id for each row of logits (B, V), drawn as `generate` says."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so small that float32 would divide by zero
         return logits.argmax(dim=1)
     logits = logits.float()
     if 0 < top_k < logits.size(1):
@@ -321,8 +321,11 @@ def load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums torch.save wrote
+            if file.testzip() or any(entry.external_attr for entry in file.infolist()):  # "a directory": read as nothing
+                raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as problem:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as problem:
         raise UserError(f"{path} is not a checkpoint of ours, or it is damaged ({one_line(problem)[:80]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of ours: write one with train.py")
@@ -332,6 +335,8 @@ def load_file(path: Path) -> dict[str, Any]:
 def config_of(content: dict[str, Any], path: Path) -> Config:
     """The Config kept in a checkpoint. Raises UserError if it is not one this version knows."""
     known = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} is not a checkpoint of ours: it lacks a config or the weights")
     if unknown := set(content["config"]) - known:
         name = min(unknown)
         raise UserError(f"{path} was written by another version: its setting {name} is unknown{nearest(name, known)}")
@@ -372,15 +377,23 @@ GELU_NAMES = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", 
 
 def load_hugging_face(path: str) -> GPT:
     """A Hugging Face GPT-2 of any size as our GPT. Raises UserError if it is not one."""
-    from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers import AutoConfig, GPT2LMHeadModel, logging
 
+    logging.set_verbosity(logging.CRITICAL)  # its table of what does not fit: it is said here, in one line
+    logging.disable_progress_bar()
     try:
         theirs = AutoConfig.from_pretrained(path)
         if theirs.model_type != "gpt2":
             raise UserError(f"{path} holds a {theirs.model_type} model; only gpt2 can be read")
         config = config_from_hugging_face(theirs, path)
-        weights = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).state_dict()
-    except (OSError, ValueError) as problem:
+        model, report = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        unexpected = [name for name in report["unexpected_keys"] if not name.endswith("masked_bias")]  # in old files
+        if wrong := [*report["missing_keys"], *unexpected]:
+            raise ValueError(f"its weights do not fit its config.json, {wrong[0]} for one")
+        weights = model.state_dict()
+    except UserError:
+        raise
+    except Exception as problem:  # what safetensors, pickle and the Hub raise has no common base
         missing = "no such file or folder, and not on the Hub, or the Hub cannot be reached"
         reason = one_line(problem)[:120] if Path(path).exists() else missing
         raise UserError(f"no checkpoint could be read from {path}: {reason}") from None

@@ -243,6 +243,18 @@ def test_bfloat16_autocast_stays_close_to_float32():
     assert distance(ours[1], dx) < 0.02 and distance(ours[2], dw) < 0.02
 
 
+def test_the_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
+    """In bfloat16 a sum of equal terms stands still at 256 of them."""
+    x, weight, targets = head_inputs(rows=1000, vocab=101)
+    with torch.no_grad():
+        x.abs_()
+    inputs = x, weight, torch.zeros_like(targets)
+    exact = loss_and_gradients(full_loss, *inputs)[2]
+    monkeypatch.setitem(model_module.CHUNK, "cpu", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(loss_and_gradients(head_loss, *inputs)[2], exact) < 0.02
+
+
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))
 
 
