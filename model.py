@@ -110,17 +110,24 @@ class GPT(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """Normal weights of std 0.02, zero biases (Radford et al., 2019, section 2.3).
+        """The first weights; biases are zero.
 
-        The two projections that write into the residual stream are scaled by 1 / sqrt(2 x
-        blocks), so that its variance does not grow with the depth.
+        gpt2: normal, std 0.02, and for the two projections into the residual stream 0.02 /
+        sqrt(2 x blocks), so that its variance does not grow with the depth (Radford et al.,
+        2019, section 2.3). fan_in: std 1 / sqrt(inputs), which keeps the size of what flows
+        through (LeCun et al., 1998, section 4.6), and zero for those two projections: every
+        block begins as the identity.
         """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        config = self.config
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=config.embedding_std)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02 if config.init == "gpt2" else module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if isinstance(module, Attention | MLP):
-            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "gpt2" else 0.0
+            nn.init.normal_(module.c_proj.weight, std=std)
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token ids (B, T) to the features the head reads (B, T, C)."""

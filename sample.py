@@ -38,10 +38,10 @@ def pick_device(name: str) -> torch.device:
     """The device `name` asks for, auto being a GPU if there is one. UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu or auto")
-    return device
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -133,7 +133,6 @@ def main(argv: list[str]) -> None:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     notice(f"{checkpoint} on {device.type} in {str(dtype).removeprefix('torch.')}, seed {seed}")
 
-    sys.stdout.reconfigure(encoding="utf-8")
     texts = stories(model, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, seed)
     if args.num_samples == 1:
         print(prompt, end="", flush=True)

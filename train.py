@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import datetime
 import fcntl
+import functools
 import io
 import math
 import os
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from config import Config, Parser, UserError, add_config_flags, notice, one_line, run, whole_file
 from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
-from prepare_data import load_meta, open_split, prepare, same_dataset
+from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
 from sample import pick_device, pick_dtype, stories
 
 # What a resumed run may change, since none of it changes what has been learnt so far.
@@ -51,18 +52,19 @@ REFERENCE_CURVE = Path(__file__).parent / "plots" / "published_reference.csv"
 
 
 def learning_rate_at(config: Config, iteration: int) -> float:
-    """The learning rate of an iteration, counted from 0: linear warmup, then a cosine.
+    """The learning rate of an iteration, counted from 0: linear warmup, then the decay.
 
-    PyTorch's SequentialLR of LinearLR and CosineAnnealingLR (Loshchilov and Hutter, 2017,
-    equation 5), in closed form; min_lr from decay_iters on.
+    The cosine is PyTorch's SequentialLR of LinearLR and CosineAnnealingLR (Loshchilov and
+    Hutter, 2017, equation 5) in closed form. min_lr from decay_iters on.
     """
-    if iteration < config.warmup_iters:
+    if iteration < config.warmup:
         start = config.warmup_start_factor
-        return config.learning_rate * (start + (1 - start) * iteration / config.warmup_iters)
+        return config.learning_rate * (start + (1 - start) * iteration / config.warmup)
     if iteration >= config.decay_iters:
         return config.min_lr
-    progress = (iteration - config.warmup_iters) / (config.decay_iters - config.warmup_iters)
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (iteration - config.warmup) / (config.decay_iters - config.warmup)
+    left = 1 - progress if config.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + (config.learning_rate - config.min_lr) * left
 
 
 def update_end(config: Config, iteration: int) -> int:
@@ -97,8 +99,20 @@ def seed_torch(seed: int, *place: int) -> None:
 
 def crop_starts(config: Config, iteration: int, length: int) -> np.ndarray:
     """Where the iteration's sequences begin in a split of `length` tokens: (batch_size,)."""
-    rng = np.random.default_rng(random_state(config.seed, CROPS, iteration))
-    return rng.integers(0, length - config.block_size, size=config.batch_size)
+    if config.crops == "random":
+        rng = np.random.default_rng(random_state(config.seed, CROPS, iteration))
+        return rng.integers(0, length - config.block_size, size=config.batch_size)
+    count = max((length - config.block_size) // config.block_size, 1)
+    numbers = range(iteration * config.batch_size, (iteration + 1) * config.batch_size)
+    return np.array([window_starts(config.seed, i // count, count, length, config.block_size)[i % count] for i in numbers])
+
+
+@functools.lru_cache(maxsize=2)
+def window_starts(seed: int, epoch: int, count: int, length: int, block_size: int) -> np.ndarray:
+    """Where the `count` windows of an epoch begin, shuffled: side by side from an offset drawn anew each epoch."""
+    rng = np.random.default_rng(random_state(seed, CROPS, epoch))
+    offset = rng.integers(0, min(block_size, length - block_size))
+    return offset + block_size * rng.permutation(count)
 
 
 def even_starts(config: Config, length: int) -> np.ndarray:
@@ -143,18 +157,16 @@ def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], bool, bool]:
 
 def plan_run(typed: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Config, dict[str, Any] | None]:
     """The run's Config, and the checkpoint it goes on from, if it does."""
+    path = Path(typed.get("out_dir") or f"out/{typed.get('preset', 'reference')}", "ckpt.pt")
+    if resume and path.exists():
+        saved = load_file(path)
+        return resumed_config(typed, saved, path), saved
     config = Config.from_preset(**typed)
-    path = Path(config.out_dir) / "ckpt.pt"
-    if not path.exists():
-        if resume:
-            notice(f"there is no {path} yet: starting from the beginning")
-        return config, None
-    if overwrite:
-        return config, None
-    if not resume:
+    if resume:
+        notice(f"there is no {path} yet: starting from the beginning")
+    elif path.exists() and not overwrite:
         raise UserError(f"{path} is there already: add --resume to go on with it, --overwrite to drop it, or name another --out_dir")
-    saved = load_file(path)
-    return resumed_config(typed, saved, path), saved
+    return config, None
 
 
 def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
@@ -170,9 +182,8 @@ def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> 
     edited = [f"{name} {then[name]} -> {getattr(now, name)}" for name in untyped if then[name] != getattr(now, name)]
     if edited:
         notice(f"config.py has changed since ({', '.join(edited)}): the run keeps the checkpoint's values")
-    changes = {name: value for name, value in typed.items() if name in MAY_CHANGE}
-    config = dataclasses.replace(old, **changes, out_dir=str(path.parent))
-    if config.decay_iters != old.decay_iters:
+    config = dataclasses.replace(old, **differs | {"dataset": old.dataset, "out_dir": str(path.parent)})
+    if (config.warmup, config.decay_iters) != (old.warmup, old.decay_iters):
         notice(f"warning: the schedule changes: the learning rate now decays until iteration {config.decay_iters}, not {old.decay_iters}")
     return config
 
@@ -180,6 +191,8 @@ def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> 
 def prepared_data(config: Config, typed: dict[str, Any], several_ranks: bool) -> dict[str, Any]:
     """The meta.json of the run's data, which is prepared if it is not there. UserError if it does not suit."""
     folder = Path(config.data_dir)
+    if config.vocab_size != END_OF_TEXT + 1:  # seen before anything is prepared
+        raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, {END_OF_TEXT + 1}")
     if not any((folder / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
         if several_ranks:
             raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before torchrun")
@@ -188,8 +201,6 @@ def prepared_data(config: Config, typed: dict[str, Any], several_ranks: bool) ->
     meta = load_meta(config.data_dir)
     if "dataset" in typed and not same_dataset(meta["dataset"], typed["dataset"]):
         raise UserError(f"{folder} holds {meta['dataset']}, not {typed['dataset']}: name another --data_dir, or leave --dataset out")
-    if meta["vocab_size"] != config.vocab_size:
-        raise UserError(f"vocab_size {config.vocab_size} is not that of the data in {folder}, {meta['vocab_size']}")
     for name, split in meta["splits"].items():
         if split["tokens"] < config.block_size + 1:
             least = config.block_size + 1
@@ -372,7 +383,7 @@ class Run:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         skip = (~self.grad_norm.isfinite()).float()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["multiple"]
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -483,10 +494,12 @@ class Run:
 
 def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019), decaying matrices and embeddings, not biases and LayerNorms."""
-    parameters = list(model.parameters())
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    blocks = [p for block in model.transformer.h for p in block.parameters()] + [*model.transformer.ln_f.parameters()]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": config.weight_decay, "multiple": config.embedding_lr},
+        {"params": [p for p in blocks if p.dim() == 2], "weight_decay": config.weight_decay, "multiple": 1.0},
+        {"params": [p for p in blocks if p.dim() == 1], "weight_decay": 0.0, "multiple": 1.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
@@ -531,7 +544,6 @@ def draw_curves(path: Path, config: Config, log: list[dict[str, float]]) -> None
     rate.set_ylabel("learning rate")
     rate.set_xlabel("iteration")
     rate.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
@@ -613,7 +625,7 @@ def train(run: Run, stop: StopSignal) -> bool:
             begin = state.iteration
             run.update(update_end(config, begin), stop)
             bar.update(state.iteration - begin)
-            if not compiled:  # the first update is no measure of the others
+            if not compiled and evaluation_at(config, state.iteration) is None:  # the first update is no measure of the others
                 run.loss.item()
                 clock.restart(state.iteration)
                 compiled = True
@@ -697,6 +709,9 @@ def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     should_compile(config.compile)
+    for folder in map(Path, (config.out_dir, config.plot_dir)):
+        if blocked := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
+            raise UserError(f"{folder} cannot be a folder: {blocked[0]} is a file")
     meta = prepared_data(config, typed, several_ranks="RANK" in os.environ)
     typed = {**(saved["typed"] if saved else {}), **typed}
     run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
@@ -716,6 +731,7 @@ def main(argv: list[str]) -> None:
         run = start(config, typed, saved)
         stop = StopSignal(run.ranks.size > 1)
         if run.ranks.rank == 0:
+            plot_path(config).parent.mkdir(parents=True, exist_ok=True)
             run.out_dir.mkdir(parents=True, exist_ok=True)
             lock_folder(run.out_dir)
             if not saved:
@@ -728,6 +744,10 @@ def main(argv: list[str]) -> None:
     except torch.OutOfMemoryError:
         half = max(config.pass_sequences // 2, 1)
         raise UserError(f"CUDA is out of memory: try --device_batch_size {half} (the result stays the same)") from None
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, MemoryError) or "can't allocate memory" in str(problem):
+            raise UserError("the machine is out of memory: try a smaller --device_batch_size or model") from None
+        raise
 
 
 if __name__ == "__main__":
