@@ -313,6 +313,11 @@ class StopSignal:
         elif time.monotonic() - self.at > self.echo_seconds:
             os._exit(128 + number)
 
+    def release(self) -> None:
+        """From here on the signals act as usual: there is nothing left to save."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 
 # ------------------------------------------------------------------------------------------
 # One run
@@ -740,6 +745,7 @@ def main(argv: list[str]) -> None:
         if not train(run, stop):
             notice(f"stopped at iteration {run.state.iteration:,}; go on with: python train.py --resume --out_dir {config.out_dir}")
             sys.exit(128 + stop.caught)
+        stop.release()
         finish(run)
     except torch.OutOfMemoryError:
         half = max(config.pass_sequences // 2, 1)
