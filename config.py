@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Allowed(NamedTuple):
 
 
 def at_least(low: float) -> Allowed:
-    return Allowed(f"{low} or more", lambda value: value >= low)
+    return Allowed(f"{low} or more (below 2**31)", lambda value: low <= value < 2**31)
 
 
 def above(low: float) -> Allowed:
@@ -293,6 +293,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(1)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         fail(one_line(f"{problem.strerror or problem}" + (f": {problem.filename}" if problem.filename else "")))
+    except MemoryError:
+        fail("the machine is out of memory: try smaller numbers")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -328,3 +330,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def clear_partials(folder: Path, names: Iterable[str]) -> None:
+    """Removes what a kill or a power cut left of `whole_file`'s writes; nobody else may be writing there."""
+    for name in names:
+        for partial in folder.glob(f".{name}.????????"):
+            partial.unlink(missing_ok=True)

@@ -34,7 +34,21 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import PATH, Allowed, Parser, UserError, at_least, default_data_dir, nearest, notice, one_line, parser_of, run, whole_file
+from config import (
+    PATH,
+    Allowed,
+    Parser,
+    UserError,
+    at_least,
+    clear_partials,
+    default_data_dir,
+    nearest,
+    notice,
+    one_line,
+    parser_of,
+    run,
+    whole_file,
+)
 
 END_OF_TEXT = 50256
 VOCABULARY = {  # GPT-2's files and their SHA-256
@@ -480,6 +494,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 notice(f"another process is preparing {folder}: waiting for it")
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            clear_partials(folder, FILES)
         yield
     finally:
         if handle is not None:

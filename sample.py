@@ -134,13 +134,16 @@ def main(argv: list[str]) -> None:
     notice(f"{checkpoint} on {device.type} in {str(dtype).removeprefix('torch.')}, seed {seed}")
 
     texts = stories(model, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, seed)
-    if args.num_samples == 1:
-        print(prompt, end="", flush=True)
-        for piece in texts:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print("\n---\n".join(prompt + text for text in texts))
+    try:
+        if args.num_samples == 1:
+            print(prompt, end="", flush=True)
+            for piece in texts:
+                print(piece, end="", flush=True)
+            print()
+        else:
+            print("\n---\n".join(prompt + text for text in texts))
+    except torch.OutOfMemoryError:
+        raise UserError("CUDA is out of memory: try fewer --num_samples") from None
 
 
 if __name__ == "__main__":

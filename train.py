@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import Config, Parser, UserError, add_config_flags, notice, one_line, run, whole_file
+from config import Config, Parser, UserError, add_config_flags, clear_partials, notice, one_line, run, whole_file
 from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
 from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
 from sample import pick_device, pick_dtype, stories
@@ -44,6 +44,7 @@ LOG_COLUMNS = (
     "iteration", "tokens", "train_loss", "val_loss", "val_bits_per_byte",
     "learning_rate", "grad_norm", "skipped_updates", "tokens_per_second", "seconds",
 )  # fmt: skip
+FILES = ("model.pt", "log.csv", "ckpt.pt")
 MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which a run cannot recover
 REFERENCE_CURVE = Path(__file__).parent / "plots" / "published_reference.csv"
 
@@ -160,12 +161,15 @@ def plan_run(typed: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Conf
     path = Path(typed.get("out_dir") or f"out/{typed.get('preset', 'reference')}", "ckpt.pt")
     if resume and path.exists():
         saved = load_file(path)
+        parts = {"typed", "state", "data", "optimizer", "scaler"}
+        if not parts <= saved.keys() or saved["state"].keys() != {field.name for field in dataclasses.fields(State)}:
+            raise UserError(f"{path} does not hold a run of this version to go on with: name another --out_dir")
         return resumed_config(typed, saved, path), saved
     config = Config.from_preset(**typed)
     if resume:
         notice(f"there is no {path} yet: starting from the beginning")
-    elif path.exists() and not overwrite:
-        raise UserError(f"{path} is there already: add --resume to go on with it, --overwrite to drop it, or name another --out_dir")
+    elif not overwrite and (there := [name for name in (path, path.with_name("model.pt")) if name.exists()]):
+        raise UserError(f"{there[0]} is there already: add --resume to go on with it, --overwrite to drop it, or name another --out_dir")
     return config, None
 
 
@@ -184,7 +188,8 @@ def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> 
         notice(f"config.py has changed since ({', '.join(edited)}): the run keeps the checkpoint's values")
     config = dataclasses.replace(old, **differs | {"dataset": old.dataset, "out_dir": str(path.parent)})
     if (config.warmup, config.decay_iters) != (old.warmup, old.decay_iters):
-        notice(f"warning: the schedule changes: the learning rate now decays until iteration {config.decay_iters}, not {old.decay_iters}")
+        was, is_now = (f"warmup {c.warmup} and decay until iteration {c.decay_iters}" for c in (old, config))
+        notice(f"warning: the learning rate's schedule changes: {is_now}, not {was}")
     return config
 
 
@@ -225,14 +230,6 @@ def lock_folder(folder: Path) -> None:
         raise UserError(f"another train.py is at work in {folder}: name another --out_dir") from None
     except OSError:
         pass  # a file system without locks (some network drives)
-
-
-def clear_folder(folder: Path) -> None:
-    """Drops an earlier run, so that none of its files is taken for one of this run."""
-    for name in ("ckpt.pt", "model.pt", "log.csv"):
-        (folder / name).unlink(missing_ok=True)
-        for partial in folder.glob(f".{name}.*"):  # what a power cut left of a write
-            partial.unlink()
 
 
 # ------------------------------------------------------------------------------------------
@@ -295,6 +292,10 @@ class Ranks:
                 raise UserError("the ranks differ in data, checkpoint or settings: out_dir and data_dir must be the same files for all")
 
 
+class Stopped(Exception):
+    """A signal has come: what was begun is dropped."""
+
+
 class StopSignal:
     """SIGINT and SIGTERM as a wish to stop: the first is noted, the second ends the process at once."""
 
@@ -303,15 +304,21 @@ class StopSignal:
         self.at = 0.0
         # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun.
         self.echo_seconds = 2.0 if several_ranks else 0.0
+
+    def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
     def catch(self, number: int, frame: Any) -> None:
         if not self.caught:
-            self.caught, self.at = number, time.monotonic()
+            self.note(number)
             os.write(2, b"\nstopping after the pass at hand (again: at once)\n")
         elif time.monotonic() - self.at > self.echo_seconds:
             os._exit(128 + number)
+
+    def note(self, number: int) -> None:
+        if number and not self.caught:
+            self.caught, self.at = number, time.monotonic()
 
     def release(self) -> None:
         """From here on the signals act as usual: there is nothing left to save."""
@@ -338,17 +345,19 @@ class State:
 class Run:
     """A model being trained: the state of the loop, and the steps it is made of."""
 
-    def __init__(self, config: Config, typed: dict[str, Any], meta: dict[str, Any], dtype: torch.dtype, ranks: "Ranks"):
+    def __init__(self, config: Config, typed: dict[str, Any], meta: dict[str, Any], dtype: torch.dtype, ranks: Ranks):
         self.config, self.typed, self.meta, self.dtype = config, typed, meta, dtype
         device = self.device = ranks.device
         self.out_dir = Path(config.out_dir)
         self.ranks = ranks
+        self.stop = StopSignal(ranks.size > 1)
         self.splits = {name: open_split(config.data_dir, name) for name in ("train", "val")}
         self.state = State()
         seed_torch(config.seed, WEIGHTS)
         self.model = GPT(config).to(device)  # drawn on the CPU: the same weights on every device
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=device))  # makes its scale, which a rank without work needs too
         if should_compile(config.compile):
             self.model.compile_parts()
         # Kept on the device until somebody asks, since reading stalls a GPU: loss and gradient norm
@@ -358,8 +367,14 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def update(self, end: int, stop: "StopSignal") -> None:
-        """One optimizer step over the iterations from the state's up to `end`; none if `stop` comes first."""
+    def stop_together(self) -> None:
+        """Raises Stopped on every rank if a signal has come to any."""
+        self.stop.note(self.ranks.agree(self.stop.caught))
+        if self.stop.caught:
+            raise Stopped
+
+    def update(self, end: int) -> None:
+        """One optimizer step over the iterations from the state's up to `end`. Stopped if a signal comes first."""
         config, begin = self.config, self.state.iteration
         starts = np.concatenate([crop_starts(config, i, len(self.splits["train"])) for i in range(begin, end)])
         passes = in_passes(self.ranks.share(starts), config.pass_sequences)
@@ -371,8 +386,9 @@ class Run:
                 loss = self.model(x, y) * (len(some) / len(starts))
             self.scaler.scale(loss).backward()
             self.loss += loss.detach()
-            if stop.caught and self.ranks.size == 1:
-                return self.optimizer.zero_grad(set_to_none=True)
+            if self.stop.caught:
+                break
+        self.stop_together()
         self.ranks.add_up(list(self.model.parameters()), self.loss)
         self.step(learning_rate_at(config, end - 1))
         self.state.iteration = end
@@ -402,7 +418,7 @@ class Run:
 
     @torch.no_grad()
     def loss_over(self, split: str, starts: np.ndarray) -> float:
-        """The mean loss of the split's windows at `starts`, dropout off."""
+        """The mean loss of the split's windows at `starts`, dropout off. Stopped if a signal comes first."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for some in in_passes(self.ranks.share(starts), self.config.pass_sequences):
@@ -411,6 +427,9 @@ class Run:
             stance = "default" if len(some) == self.config.pass_sequences else "force_eager"
             with self.autocast(), torch.compiler.set_stance(stance):
                 total += self.model(x, y).double() * len(some)
+            if self.stop.caught:
+                break
+        self.stop_together()
         self.model.train()
         self.ranks.sum(total)
         return total.item() / len(starts)
@@ -435,7 +454,7 @@ class Run:
             raise UserError(f"the loss at iteration {label} is not finite: try a lower learning_rate; {self.last_checkpoint()}")
         row = dict(
             iteration=label,
-            tokens=label * self.config.tokens_per_iteration,
+            tokens=self.state.iteration * self.config.tokens_per_iteration,
             train_loss=losses["train"],
             val_loss=losses["val"],
             val_bits_per_byte=bits_per_byte(losses["val"], self.meta["splits"]["val"]),
@@ -472,11 +491,12 @@ class Run:
         self.save(row["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Writes ckpt.pt: all it takes to go on from here."""
+        """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there."""
         self.settle()
         self.state.seconds = seconds
         if self.ranks.rank == 0:
             self.write_checkpoint()
+        self.ranks.agree(0)
 
     def write_checkpoint(self) -> None:
         save_file(
@@ -489,11 +509,15 @@ class Run:
         """The inverse of `save`. UserError if the data is not the data the run began with."""
         if saved["data"] != data_hashes(self.meta):
             raise UserError(f"the data in {self.config.data_dir} has changed since this run began: resume with the data it was trained on")
-        load_weights(self.model, saved["model"], self.out_dir / "ckpt.pt")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        self.state = State(**saved["state"])
+        path = self.out_dir / "ckpt.pt"
+        load_weights(self.model, saved["model"], path)
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.scaler.is_enabled() and saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])
+            self.state = State(**saved["state"])
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]})") from None
         self.grad_norm = torch.tensor(self.state.grad_norm, device=self.device)
 
 
@@ -574,10 +598,17 @@ class Clock:
 
     def __init__(self, config: Config, state: State, val_tokens: int):
         self.config, self.val_tokens = config, val_tokens
-        self.born = time.monotonic() - state.seconds
+        self.drawn = time.monotonic()
+        self.born = self.drawn - state.seconds
         self.training = 0.0  # seconds and iterations of training that have been measured
         self.iterations = 0
         self.restart(state.iteration)
+
+    def time_to_draw(self) -> bool:
+        """Whether the last plot is more than 10 s old (drawing one takes half a second)."""
+        old = time.monotonic() - self.drawn > 10
+        self.drawn = time.monotonic() if old else self.drawn
+        return old
 
     def restart(self, iteration: int) -> None:
         self.since, self.mark = time.monotonic(), iteration
@@ -602,48 +633,65 @@ class Clock:
         return (config.max_iters - iteration + forwards / 3) * training / max(iterations, 1)
 
 
-def train(run: Run, stop: StopSignal) -> bool:
+def train(run: Run) -> bool:
     """Updates until max_iters, with an evaluation where one is due and a checkpoint when it is time.
 
     Returns whether it got there; if not, it was stopped, and has written a checkpoint.
     """
-    config, state, leads = run.config, run.state, run.ranks.rank == 0
+    config, state = run.config, run.state
     clock = Clock(config, state, run.meta["splits"]["val"]["tokens"])
-    saved_at = drawn_at = looked_at = time.monotonic()
+    saved_at = looked_at = time.monotonic()
     compiled = False
-    with progress_bar(config, state.iteration, leads) as bar:
-        while not (stop_now := run.ranks.agree(stop.caught)):
-            label = evaluation_at(config, state.iteration)
-            if label is not None and all(row["iteration"] != label for row in state.log):
-                run.loss.item()  # wait for the device, so that the speed is true
-                row = run.evaluate(label, clock.stop(state.iteration), clock.seconds())
-                run.save_evaluated(row)
-                saved_at = time.monotonic()
-                if leads:
-                    bar.write(evaluation_line(row), file=sys.stderr)
-                    if saved_at - drawn_at > 10:
-                        draw_curves(plot_path(config), config, state.log)
-                        drawn_at = time.monotonic()
-                clock.restart(state.iteration)
-            if state.iteration >= config.max_iters:
-                return True
-            begin = state.iteration
-            run.update(update_end(config, begin), stop)
-            bar.update(state.iteration - begin)
-            if not compiled and evaluation_at(config, state.iteration) is None:  # the first update is no measure of the others
-                run.loss.item()
-                clock.restart(state.iteration)
+    with progress_bar(config, state.iteration, run.ranks.rank == 0) as bar:
+        try:
+            while not is_finished(config, state):
+                run.stop_together()
+                if not evaluated(config, state):
+                    evaluate(run, clock)
+                    saved_at = time.monotonic()
+                    continue
+                begin = state.iteration
+                run.update(update_end(config, begin))
+                bar.update(state.iteration - begin)
+                if not compiled and evaluated(config, state):  # the first update is no measure of the others
+                    run.loss.item()
+                    clock.restart(state.iteration)
+                elif time.monotonic() - looked_at > 1:  # at most once a second: looking makes a GPU wait
+                    run.settle()
+                    show_progress(bar, run, clock)
+                    looked_at = time.monotonic()
                 compiled = True
-            elif time.monotonic() - looked_at > 1:  # at most once a second: looking makes a GPU wait
-                run.settle()
-                show_progress(bar, run, clock)
-                looked_at = time.monotonic()
-            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-                run.save(clock.seconds())
-                saved_at = time.monotonic()
-        stop.caught = stop_now
-        run.save(clock.seconds())
-    return False
+                if run.ranks.agree(time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
+                    run.save(clock.seconds())
+                    saved_at = time.monotonic()
+        except Stopped:
+            run.optimizer.zero_grad(set_to_none=True)
+            run.save(clock.seconds())
+            return False
+    return True
+
+
+def evaluate(run: Run, clock: Clock) -> None:
+    """An evaluation, and what comes of it: a line, the files, the plot."""
+    run.loss.item()  # wait for the device, so that the speed is true
+    label = evaluation_at(run.config, run.state.iteration)
+    row = run.evaluate(label, clock.stop(run.state.iteration), clock.seconds())
+    run.save_evaluated(row)
+    if run.ranks.rank == 0:
+        tqdm.write(evaluation_line(row), file=sys.stderr)
+        if clock.time_to_draw():
+            draw_curves(plot_path(run.config), run.config, run.state.log)
+    clock.restart(run.state.iteration)
+
+
+def evaluated(config: Config, state: State) -> bool:
+    """Whether the log has the evaluation that falls on this boundary, if one does."""
+    label = evaluation_at(config, state.iteration)
+    return label is None or any(row["iteration"] == label for row in state.log)
+
+
+def is_finished(config: Config, state: State) -> bool:
+    return state.iteration > config.max_iters or (state.iteration == config.max_iters and evaluated(config, state))
 
 
 def progress_bar(config: Config, done: int, show: bool) -> tqdm:
@@ -729,23 +777,25 @@ def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -
 def main(argv: list[str]) -> None:
     typed, resume, overwrite = parse_command_line(argv)
     config, saved = plan_run(typed, resume, overwrite)
-    if saved and saved["state"]["iteration"] >= config.max_iters:
+    if saved and is_finished(config, State(**saved["state"])):
         notice(f"the run in {config.out_dir} is finished: {saved['state']['iteration']:,} of {config.max_iters:,} iterations")
         return
     try:
         run = start(config, typed, saved)
-        stop = StopSignal(run.ranks.size > 1)
+        run.stop.listen()
         if run.ranks.rank == 0:
             plot_path(config).parent.mkdir(parents=True, exist_ok=True)
             run.out_dir.mkdir(parents=True, exist_ok=True)
             lock_folder(run.out_dir)
-            if not saved:
-                clear_folder(run.out_dir)
+            clear_partials(run.out_dir, FILES)
+            for name in FILES if overwrite else ():
+                (run.out_dir / name).unlink(missing_ok=True)
             describe(run)
-        if not train(run, stop):
-            notice(f"stopped at iteration {run.state.iteration:,}; go on with: python train.py --resume --out_dir {config.out_dir}")
-            sys.exit(128 + stop.caught)
-        stop.release()
+        if not train(run):
+            if run.ranks.rank == 0:
+                notice(f"stopped at iteration {run.state.iteration:,}; go on with: python train.py --resume --out_dir {config.out_dir}")
+            sys.exit(128 + run.stop.caught)
+        run.stop.release()
         finish(run)
     except torch.OutOfMemoryError:
         half = max(config.pass_sequences // 2, 1)

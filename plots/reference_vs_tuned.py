@@ -6,7 +6,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-TOKENS_PER_ITERATION = 4096  # of the reference, whose published table counts iterations
 CURVES = {
     "reference recipe, published (full TinyStories)": ("published_reference.csv", dict(color="0.7", linewidth=5)),
     "reference recipe, ours": ("logs/reference.csv", dict(color="tab:blue", marker="o", markersize=3)),
@@ -20,7 +19,7 @@ def read(name: str) -> tuple[list[float], list[float]]:
     """Tokens trained on and validation loss of each row of a log."""
     with open(HERE / name, newline="") as file:
         rows = list(csv.DictReader(file))
-    tokens = [float(row.get("tokens") or int(row["iteration"]) * TOKENS_PER_ITERATION) for row in rows]
+    tokens = [float(row.get("tokens") or int(row["iteration"]) // 32 * 32 * 4096) for row in rows]  # whole updates of 32
     return tokens, [float(row["val_loss"]) for row in rows]
 
 

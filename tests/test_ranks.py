@@ -165,8 +165,8 @@ from test_survival import run, train
 test_survival.watch("read_batch", lambda *_: time.sleep(0.05))
 real = train.train
 
-def told(it, stop):
-    there = real(it, stop)
+def told(it):
+    there = real(it)
     Path({str(folder)!r}, "stopped_" + os.environ["RANK"]).write_text(str(it.state.iteration))
     return there
 

@@ -30,7 +30,6 @@ TINY = dict(
     device="cpu", dtype="float32", compile="false",
 )  # fmt: skip
 COLUMNS = "iteration,tokens,train_loss,val_loss,val_bits_per_byte,learning_rate,grad_norm,skipped_updates,tokens_per_second,seconds"
-NEVER = SimpleNamespace(caught=0)  # nobody asks the run to stop
 
 
 def tale(rng: random.Random) -> str:
@@ -323,8 +322,8 @@ def test_updates_equal_plain_ones_on_one_large_batch(data, tmp_path, device_batc
     run = new_run(tiny(data, tmp_path, device_batch_size=device_batch_size, **PLAIN))
     expected, loss, norm = plain_updates(run, data, [range(0, 4), range(4, 6)])
     before = weights_of(run)
-    run.update(train.update_end(run.config, 0), NEVER)
-    run.update(train.update_end(run.config, 4), NEVER)
+    run.update(train.update_end(run.config, 0))
+    run.update(train.update_end(run.config, 4))
     assert run.state.iteration == 6
     assert run.loss.item() == pytest.approx(loss, rel=1e-5)
     assert run.grad_norm.item() == pytest.approx(norm, rel=1e-4) and norm > run.config.grad_clip
@@ -337,7 +336,7 @@ def test_without_clipping_the_gradient_is_left_as_it_is(data, tmp_path):
     run = new_run(tiny(data, tmp_path, **PLAIN | {"grad_clip": 0.0}))
     expected, _, _ = plain_updates(run, data, [range(0, 4)])
     before = weights_of(run)
-    run.update(4, NEVER)
+    run.update(4)
     name = "transformer.wpe.weight"
     moved = (expected[name] - before[name]).abs().max()
     assert (run.model.get_parameter(name) - expected[name]).abs().max() < 1e-3 * moved
@@ -359,7 +358,7 @@ def test_dropout_is_a_function_of_seed_and_place(data, tmp_path):
     def weights_after(seed, noise):
         run = new_run(tiny(data, tmp_path, dropout=0.3, seed=seed))
         torch.manual_seed(noise)  # what the process did before must not matter
-        run.update(4, NEVER)
+        run.update(4)
         return weights_of(run)
 
     assert same(weights_after(5, 0), weights_after(5, 1))
@@ -373,7 +372,7 @@ def test_dropout_differs_between_the_passes_of_an_update(data, tmp_path):
     run.model.register_forward_hook(lambda module, arguments, loss: losses.append(loss.item()))
     x, y = windows(tokens_of(data, "train"), [0, 1, 2, 3], 16)
     run.model.register_forward_pre_hook(lambda module, arguments: (x, y))
-    run.update(2, NEVER)
+    run.update(2)
     assert len(losses) == 2 and losses[0] != losses[1]
 
 
@@ -395,8 +394,8 @@ def test_updates_in_every_precision_stay_close_to_float32(data, tmp_path, device
     assert run.scaler.is_enabled() == (dtype == "float16")
     start = exact.loss_over("val", train.even_starts(exact.config, 500))
     for end in (4, 8, 12):
-        exact.update(end, NEVER)
-        run.update(end, NEVER)
+        exact.update(end)
+        run.update(end)
         assert run.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
     assert run.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=5e-2)  # unscaled before it is measured
     run.settle()
@@ -425,7 +424,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(data, tmp_
     run = new_run(tiny(data, tmp_path))
     before = weights_of(run)
     handle = poison(run, value)
-    run.update(4, NEVER)
+    run.update(4)
     handle.remove()
     run.settle()
     assert same(weights_of(run), before)
@@ -434,7 +433,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(data, tmp_
     clean = new_run(tiny(data, tmp_path))
     clean.state.iteration = 4
     for r in (run, clean):
-        r.update(8, NEVER)
+        r.update(8)
     assert same(weights_of(run), weights_of(clean)) and not same(weights_of(run), before)
 
 
@@ -443,7 +442,7 @@ def test_ten_skipped_updates_in_a_row_end_the_run_in_one_line(data, tmp_path):
     before = weights_of(run)
     poison(run, math.nan)
     with pytest.raises(UserError, match="gradient is not finite since iteration 0: .*learning_rate") as mistake:
-        train.train(run, NEVER)
+        train.train(run)
     assert "\n" not in str(mistake.value)
     assert same(weights_of(run), before)
 
@@ -451,13 +450,13 @@ def test_ten_skipped_updates_in_a_row_end_the_run_in_one_line(data, tmp_path):
 def test_nine_skipped_updates_in_a_row_are_only_counted(data, tmp_path):
     run = new_run(tiny(data, tmp_path, gradient_accumulation_steps=1, max_iters=12, eval_interval=100))
     poison(run, math.nan, times=train.MAX_SKIPPED - 1)
-    assert train.train(run, NEVER)
+    assert train.train(run)
     assert rows_of(run.out_dir / "log.csv")[-1]["skipped_updates"] == train.MAX_SKIPPED - 1 == 9
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(data, tmp_path):
     run = new_run(tiny(data, tmp_path))
-    run.update(4, NEVER)
+    run.update(4)
     run.save_evaluated(run.evaluate(6, 1.0, 1.0))
     files = snapshot(run.out_dir)
     run.model.transformer.ln_f.weight.data.fill_(math.nan)
@@ -543,7 +542,7 @@ def test_the_log_has_the_columns_and_a_row_an_evaluation(finished, data):
     assert (finished.out / "log.csv").read_text().splitlines()[0] == COLUMNS
     rows = rows_of(finished.out / "log.csv")
     assert [row["iteration"] for row in rows] == [6, 12, 18]
-    assert [row["tokens"] for row in rows] == [6 * 64, 12 * 64, 18 * 64]
+    assert [row["tokens"] for row in rows] == [4 * 64, 12 * 64, 18 * 64]  # what the weights have seen: whole updates of 4
     rates = pytorch_rates(Config(**TINY), 18)
     assert [row["learning_rate"] for row in rows] == pytest.approx([rates[3], rates[11], rates[17]], rel=1e-6)
     assert all(row["grad_norm"] > 0 and row["skipped_updates"] == 0 for row in rows)
@@ -655,7 +654,7 @@ def test_a_run_resumed_twice_equals_one_that_was_never_interrupted(uninterrupted
 def test_a_run_resumed_between_evaluations_equals_one_that_was_never_interrupted(uninterrupted, data, tmp_path):
     run = new_run(Config(**LONG, data_dir=str(data), out_dir=str(tmp_path / "out")))
     for end in (4, 8, 12):
-        run.update(end, NEVER)
+        run.update(end)
         if end == 8:
             run.save_evaluated(run.evaluate(8, 1.0, 1.0))
     run.save(1.0)
