@@ -114,7 +114,7 @@ class Config:
     grad_clip: float = setting(0.5, "largest norm of an update's gradient; 0 = no clipping", at_least(0))
 
     # Evaluation. The reference drew 500 random batches of each split: two thirds of its forward
-    # passes. 24 fixed batches a split cost 3 % of the run, and two evaluations compare exactly.
+    # passes. 24 fixed batches a split are 3 % of the work, and two evaluations compare exactly.
     eval_interval: int = setting(500, "iterations between evaluations", at_least(1))
     eval_iters: int = setting(24, "batches of each split in an evaluation", at_least(1))
 
@@ -182,14 +182,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=1e-3, embedding_lr=3.0, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
         beta1=0.85, beta2=0.999, grad_clip=2.0, eval_interval=2000, eval_iters=96,
     ),
-    # Prepare, train and sample in about two minutes on a laptop's CPU: a small model on the
-    # toy corpus, small updates and a rate that warms up and decays.
+    # Prepare, train and sample in two or three minutes on two CPU cores: a small model on the toy corpus.
     "demo": dict(
-        dataset="toy",
-        n_layer=3, n_head=4, n_embd=128, dropout=0.0,
-        batch_size=16, gradient_accumulation_steps=1, max_iters=600,
-        learning_rate=3e-3, min_lr=0.0, warmup_iters=50, warmup_start_factor=0.02,
-        grad_clip=1.0, eps=1e-8, eval_interval=100, eval_iters=4,
+        dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, init="fan_in", embedding_std=0.03,
+        batch_size=8, gradient_accumulation_steps=1, max_iters=240, crops="shuffled",
+        learning_rate=3e-3, min_lr=0.0, warmup_iters=20, warmup_start_factor=0.02,
+        beta2=0.99, grad_clip=1.0, eps=1e-8, eval_interval=60, eval_iters=8,
     ),
 }  # fmt: skip
 
