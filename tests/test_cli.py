@@ -198,7 +198,7 @@ def test_a_plot_dir_that_is_a_file_is_refused_before_the_training(prepared):
 
 
 def test_a_model_the_machine_has_no_memory_for_is_one_line(prepared):
-    check_refused(prepared, "--dataset", "tales.txt", *SMALL.split(), "--n_embd", 6 * 2**40, words=("memory",))
+    check_refused(prepared, "--dataset", "tales.txt", *SMALL.split(), "--n_embd", 6 * 2**27, words=("memory",))
 
 
 def test_data_that_is_missing_is_prepared_and_a_model_trained_on_it(folder):
