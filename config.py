@@ -267,7 +267,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         kind, _ = kind_of(field)
         allowed = one_of(*PRESETS) if field.name == "preset" else field.metadata["allowed"]
         default = str(field.default).lower() if kind is bool else field.default
-        help = field.metadata["help"] + ("" if default is None else f" (default: {default})")
+        choices = f"; {allowed.text}" if allowed is not None and allowed.text.startswith("one of ") else ""
+        help = field.metadata["help"] + choices + ("" if default is None else f" (default: {default})")
         metavar = {int: "N", float: "X", bool: "true|false", str: field.name.upper()}[kind]
         parser.add_argument(
             f"--{field.name}", type=parser_of(kind, allowed), default=argparse.SUPPRESS, metavar=metavar, help=help.replace("%", "%%")

@@ -354,6 +354,8 @@ def load_model(path: str) -> GPT:
 
     Raises UserError if there is none, or none that can be read.
     """
+    if (Path(path) / "model.pt").is_file():
+        raise UserError(f"{path} is a folder: name the model in it, {Path(path) / 'model.pt'}")
     if Path(path).is_dir() or (not Path(path).exists() and not path.endswith(".pt")):
         return load_hugging_face(path)
     content = load_file(Path(path))

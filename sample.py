@@ -15,7 +15,7 @@ from prepare_data import END_OF_TEXT, tokenizer
 
 
 def parse_command_line(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("Writes stories. stdout holds the prompt and its continuation, nothing else.")
+    parser = Parser("Writes stories: the prompt and its continuation on stdout, a line --- between several.")
     count, new = parser_of(int, at_least(1)), parser_of(int, at_least(0))
     flags = {
         "--prompt": (str, "TEXT", "Once upon a time", "how the story begins; - reads standard input"),

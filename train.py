@@ -145,7 +145,7 @@ def read_batch(split: np.ndarray, starts: np.ndarray, block_size: int, device: t
 
 def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], bool, bool]:
     """The Config fields that were typed, and whether --resume and --overwrite were."""
-    parser = Parser("Trains the GPT; every setting of config.py is a flag.")
+    parser = Parser("Trains the GPT; every setting of config.py is a flag. The defaults shown are those of the reference preset.")
     parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt (or start, if there is none)")
     parser.add_argument("--overwrite", action="store_true", help="start again in an out_dir that holds a run, which is lost")
     add_config_flags(parser)
