@@ -175,7 +175,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     # The published run, which the defaults above spell out.
     "reference": {},
-    # The same model and budget, learning far more from every token; the README says what each change is worth.
+    # The same model and budget, learning far more from every token; the README says why each change helps.
     "tuned": dict(
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, dropout=0.0, crops="shuffled",
         init="fan_in", embedding_std=0.03,

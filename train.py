@@ -31,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import Config, Parser, UserError, add_config_flags, clear_partials, notice, one_line, run, whole_file
-from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
+from model import CHUNK, GPT, config_of, load_file, load_weights, save_file
 from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
 from sample import pick_device, pick_dtype, stories
 
@@ -752,9 +752,9 @@ def finish(run: Run) -> None:
     notice(f"the whole validation split ({split['tokens']:,} tokens), with the best weights (iteration {best['iteration']:,}):")
     notice(f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, split):.4f} bits per byte")
     notice(f"wrote {path} and {plot_path(run.config)}; a story from it:\n")
-    model = load_model(str(path)).to(run.device)
     prompt = "Once upon a time"
-    print(prompt + "".join(stories(model, prompt, max_new_tokens=150, seed=run.config.seed)))
+    with torch.compiler.set_stance("force_eager"):  # every step of a story has a shape of its own
+        print(prompt + "".join(stories(run.model.eval(), prompt, max_new_tokens=150, seed=run.config.seed)))
 
 
 def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -> Run:
