@@ -11,6 +11,7 @@ from `ckpt.pt` goes on as if it had never stopped, on one device or many.
 """
 
 import csv
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -219,6 +220,16 @@ def should_compile(name: str) -> bool:
     if name == "true" and compiler is None:
         raise UserError("compile true needs a C++ compiler (Debian and Colab: apt-get install g++); use --compile false or auto")
     return name == "true" or (name == "auto" and compiler is not None)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed. It would give large blocks back to the system, and every pass
+    would pay for fresh pages again: a fifth of the time on a CPU, half where pages are scarce.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # only glibc has it
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def lock_folder(folder: Path) -> None:
@@ -762,6 +773,8 @@ def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     should_compile(config.compile)
+    if device.type == "cpu":
+        keep_freed_memory()
     for folder in map(Path, (config.out_dir, config.plot_dir)):
         if blocked := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
             raise UserError(f"{folder} cannot be a folder: {blocked[0]} is a file")

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from config import Config, UserError
-from model import FORMAT, GPT, generate, head_loss, load_file, load_model, pick, save_file
+from model import FORMAT, GPT, Cache, Dropout, generate, head_loss, load_file, load_model, pick, save_file
 
 TINY = Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=101, dropout=0.0)
 VOCAB = 50257
@@ -114,8 +114,9 @@ def test_logits_of_the_reference_size_equal_hugging_face():
     close(ours(idx), in_hugging_face(ours)(idx).logits)
 
 
-def test_dropout_falls_where_gpt2_drops():
+def test_dropout_falls_where_gpt2_drops(monkeypatch):
     """Both draw from the same generator in the same order, so any misplaced or missing dropout changes the logits."""
+    monkeypatch.setattr(Dropout, "forward", torch.nn.Dropout.forward)
     ours = shaken(dataclasses.replace(TINY, dropout=0.3))
     theirs = in_hugging_face(ours)
     idx = random_ids(TINY)
@@ -124,6 +125,26 @@ def test_dropout_falls_where_gpt2_drops():
     torch.manual_seed(1)
     close(ours.train()(idx), expected)
     assert distance(ours.eval()(idx), expected) > 0.1
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.full((401, 1001), 3.0, requires_grad=True)  # not a multiple of the four draws of an int64
+    y = Dropout(0.1)(x)
+    dropped = (y == 0).double()
+    assert dropped.mean().item() == pytest.approx(0.1, abs=0.002) and y.mean().item() == pytest.approx(3.0, abs=0.01)
+    assert dropped.mean(0).std().item() == pytest.approx((0.09 / 401) ** 0.5, rel=0.1), "columns are not independent"
+    assert dropped.mean(1).std().item() == pytest.approx((0.09 / 1001) ** 0.5, rel=0.15), "rows are not independent"
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach() / 3), "the gradient passes where the value did"
+    assert torch.equal(Dropout(0.1).eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
+
+
+@torch.no_grad()
+def test_attention_in_the_open_is_pytorchs():
+    """On a CPU, training writes attention out; a cache leads through scaled_dot_product_attention."""
+    model, idx = shaken(TINY), random_ids(TINY)
+    close(model(idx)[:, -1], model.next_logits(idx, Cache(TINY, len(idx), idx.device, torch.float32)), 1e-5)
 
 
 def test_evaluation_is_deterministic():
@@ -293,14 +314,16 @@ def test_float16_keeps_the_gradient_of_very_unlikely_tokens(device):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_parts_give_the_same_loss_and_gradients():
-    eager = shaken(dataclasses.replace(TINY, n_layer=1)).train()
+    eager = shaken(dataclasses.replace(TINY, n_layer=1, dropout=0.3)).train()
     compiled = copy.deepcopy(eager)
     compiled.compile_parts()
     idx, targets = random_ids(TINY), random_ids(TINY)
-    losses = [model(idx, targets) for model in (eager, compiled)]
+    losses = []
+    for model in (eager, compiled):
+        torch.manual_seed(1)  # the masks are the same too
+        losses.append(model(idx, targets))
+        losses[-1].backward()
     close(losses[1], losses[0])
-    for loss in losses:
-        loss.backward()
     for (name, p), (other, q) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
         assert name == other
         close(q.grad, p.grad)

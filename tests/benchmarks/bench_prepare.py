@@ -1,0 +1,84 @@
+"""Tokenizing speed: `python -m tests.benchmarks.bench_prepare [--repeats N] [--text FILE]`.
+
+`prepare` (read, encode, write, hash) against tiktoken's batch encoder alone on stories that are
+in memory already, and against `datasets.map` and a loop of writes. Without a FILE, the toy corpus.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from prepare_data import SEPARATOR, THREADS, prepare, tokenizer, toy_stories
+from tests.benchmarks.harness import Works, machine, measure, show
+
+
+def ours(text: Path, folder: Path) -> Works:
+    tokenizer()
+    return {"": lambda: prepare(str(text), folder / "ours", val_fraction=0.001, overwrite=True)}
+
+
+def tiktoken_alone(text: Path, folder: Path) -> Works:
+    stories = [story.strip() for story in text.read_text(encoding="utf-8").split(SEPARATOR)]
+    encoding = tokenizer()
+    return {"": lambda: encoding.encode_ordinary_batch(stories, num_threads=THREADS)}
+
+
+def datasets_map(text: Path, folder: Path) -> Works:
+    """The notebook's way: map over single stories in worker processes, then write shard by shard."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    stories = [story.strip() for story in text.read_text(encoding="utf-8").split(SEPARATOR)]
+    data = datasets.Dataset.from_dict({"text": stories})
+
+    def work() -> None:
+        encoded = data.map(tokens_of, remove_columns=["text"], num_proc=os.cpu_count())
+        total = sum(encoded["len"])
+        file = np.memmap(folder / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
+        at = 0
+        for number in range(1024):
+            shard = encoded.shard(num_shards=1024, index=number, contiguous=True).with_format("numpy")
+            ids = np.concatenate(shard["ids"]) if len(shard) else np.empty(0, np.uint16)
+            file[at : at + len(ids)] = ids
+            at += len(ids)
+        file.flush()
+
+    return {"": work}
+
+
+def tokens_of(row: dict) -> dict:
+    ids = tokenizer().encode_ordinary(row["text"])
+    return {"ids": ids, "len": len(ids)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--text", type=Path, help="stories between <|endoftext|> marks")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = args.text or folder / "toy.txt"
+        if args.text is None:
+            text.write_text(SEPARATOR.join(toy_stories()), encoding="utf-8")
+        alone = "tiktoken.encode_ordinary_batch alone"
+        setups = {"ours, to files on the disk": ours, alone: tiktoken_alone, "datasets.map and a loop of writes": datasets_map}
+        timings = measure({name: functools.partial(setup, text, folder) for name, setup in setups.items()}, args.repeats)
+        size, first = text.stat().st_size / 1e6, next(iter(timings.values()))
+        rows = [
+            [name, f"{t.median:.3g} s", t.spread, f"{size / t.median:.1f}", f"{t.median / first.median:.2f}x",
+             f"{t.memory / 1e9:.2f} GB", f"{timings[alone].median / t.median:.0%}"]
+            for name, t in timings.items()
+        ]  # fmt: skip
+    print(machine())
+    title = f"{size:.1f} MB of stories to token ids, {THREADS} threads"
+    show(title, ["", "median", "spread", "MB/s", "ours is faster", "peak memory", "of ceiling"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Sampling speed: `python -m tests.benchmarks.bench_sample [--repeats N]`.
+
+Tokens drawn by our `generate` and by Hugging Face's, with the same weights, and how long
+`sample.py` takes to its first token. The ceiling is the time to multiply one vector with every matrix.
+"""
+
+import argparse
+import functools
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from config import Config
+from model import GPT, generate, save_file
+from sample import pick_dtype
+from tests.benchmarks.harness import Works, machine, measure, show
+
+NEW, ACROSS = 120, 300  # new tokens that fit the context of 128, and that do not
+PROMPT = [7454, 2402, 257, 640]  # "Once upon a time"
+
+
+def ours(device: str, dtype: torch.dtype) -> Works:
+    torch.manual_seed(0)
+    model = GPT(Config()).eval().to(device, dtype)
+
+    def work(rows: int, new: int) -> None:
+        prompt = torch.tensor([PROMPT] * rows, device=device)
+        for _ in generate(model, prompt, new, 0.8, 50):
+            pass
+
+    def window_per_token() -> None:
+        """What the notebook did: the whole window again for every token."""
+        ids = torch.tensor([PROMPT], device=device)
+        with torch.inference_mode():
+            for _ in range(ACROSS):
+                logits = model(ids[:, -model.config.block_size :])[:, -1].float()
+                ids = torch.cat([ids, torch.multinomial(logits.softmax(1), 1)], 1)
+
+    return {
+        f"1 story, {NEW} tokens": lambda: work(1, NEW),
+        f"16 stories, {NEW} tokens": lambda: work(16, NEW),
+        f"1 story, {ACROSS} tokens": lambda: work(1, ACROSS),
+        f"the window again for every token, {ACROSS} tokens": window_per_token,
+    }
+
+
+def hugging_face(device: str, dtype: torch.dtype) -> Works:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = Config()
+    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu")).to(device, dtype).eval()
+    prompt = torch.tensor([PROMPT], device=device)
+    options = dict(do_sample=True, temperature=0.8, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=50256)
+    return {f"1 story, {NEW} tokens": lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)}
+
+
+def products(device: str, dtype: torch.dtype) -> Works:
+    """One vector times each matrix of the model, for NEW tokens."""
+    matrices = [p.detach().to(dtype) for p in GPT(Config()).to(device).parameters() if p.dim() == 2]
+    vectors = {width: torch.randn(1, width, device=device).to(dtype) for width in {m.size(1) for m in matrices}}
+
+    def work() -> None:
+        with torch.inference_mode():
+            for _ in range(NEW):
+                for matrix in matrices:
+                    torch.nn.functional.linear(vectors[matrix.size(1)], matrix)
+
+    return {f"1 story, {NEW} tokens": work}
+
+
+def first_token(path: Path, repeats: int) -> list[float]:
+    """Seconds from starting sample.py to the first piece of the story behind the prompt."""
+    command = [sys.executable, "sample.py", "--checkpoint", str(path), "--prompt", "A", "--seed", "1"]
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            process.stdout.read(2)
+            seconds.append(time.perf_counter() - start)
+            process.kill()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    fast = pick_dtype("auto", torch.device(device))
+    name = str(fast).removeprefix("torch.")
+    contenders = {
+        "ours": functools.partial(ours, device, fast),
+        "Hugging Face, float32 (its default)": functools.partial(hugging_face, device, torch.float32),
+        f"Hugging Face, {name}": functools.partial(hugging_face, device, fast),
+        f"matrix products alone, {name}": functools.partial(products, device, fast),
+    }
+    timings = measure(contenders, repeats, cuda)
+    works = (f"1 story, {NEW} tokens", f"16 stories, {NEW} tokens", f"1 story, {ACROSS} tokens")
+    one, sixteen, across = (timings[f"ours: {work}"].median for work in works)
+    rows = []
+    for name, timing in timings.items():
+        new = ACROSS if str(ACROSS) in name else NEW
+        tokens = new * (16 if "16 stories" in name else 1)
+        base = across / ACROSS if new == ACROSS else one / NEW
+        ceiling = next(t.median for n, t in timings.items() if "products" in n) / NEW
+        rows.append([
+            name, f"{timing.median:.3g} s", timing.spread, f"{tokens / timing.median:,.0f}",
+            f"{timing.median / tokens / base:.2f}x", f"{timing.memory / 1e9:.2f} GB", f"{ceiling * new / timing.median:.0%}",
+        ])  # fmt: skip
+    print(machine(cuda))
+    columns = ["", "median", "spread", "tokens/s", "ours, 1 story is faster", "peak memory", "of ceiling"]
+    show("Tokens drawn, temperature 0.8, top-k 50", columns, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(Path(folder, "model.pt"), Config(), GPT(Config()))
+        seconds = sorted(first_token(Path(folder, "model.pt"), repeats))
+    print(f"\nsample.py from start to first token: {seconds[repeats // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})")
+    print(f"16 stories at once: {one * 16 / sixteen:.1f} times the tokens/s of one")
+
+
+if __name__ == "__main__":
+    main()
