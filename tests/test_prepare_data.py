@@ -618,7 +618,7 @@ def test_readers_are_lazy(tmp_path):
             yield "A story. " * 1000
 
     encoded = prepare_data.encode_all(endless(), num_threads=2)
-    assert next(encoded).stories > 0
+    assert next(encoded).counts["stories"] > 0
     encoded.close()
     assert sum(9000 for _ in asked) < 8 * prepare_data.CHUNK
 
