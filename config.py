@@ -283,12 +283,15 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Calls `main` with the command line; a user's mistake becomes one line and status 2."""
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stories are, whatever the terminal says
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            main(sys.argv[1:])
+        finally:  # --help leaves by SystemExit
+            sys.stdout.flush()
     except UserError as mistake:
         fail(one_line(mistake))
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):  # what they still hold must not fail once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(1)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         fail(one_line(f"{problem.strerror or problem}" + (f": {problem.filename}" if problem.filename else "")))

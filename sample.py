@@ -227,6 +227,9 @@ def main(argv: list[str]) -> None:
             print("\n---\n".join(prompt + text for text in texts))
     except torch.OutOfMemoryError:
         raise UserError("CUDA is out of memory: try fewer --num_samples") from None
+    except KeyboardInterrupt:
+        print()  # the line is ended where the story stands, be it a terminal or a file
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -441,3 +442,19 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint):
     process.stderr.close()
     process.wait(timeout=30)
     assert len(notices.splitlines()) == 1 and "seed 1" in notices
+
+
+def test_ctrl_c_ends_the_line_and_exits_with_130(tmp_path):
+    path = random_model(tmp_path / "model.pt", dataclasses.replace(TINY, block_size=1024))
+    process = subprocess.Popen(
+        [sys.executable, SAMPLE, "--checkpoint", path, "--seed", "1", "--max_new_tokens", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever the tests were started with
+    )
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and (first + out).startswith(b"Once upon a time") and out.endswith(b"\n")
+    assert len(err.splitlines()) == 1 and b"seed 1" in err
