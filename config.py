@@ -80,6 +80,8 @@ class Config:
     gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
     init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see GPT)", one_of("gpt2", "fan_in"))
     embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
+    init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
+                                          "random weights if not given", PATH)  # fmt: skip
 
     # The data.
     dataset: str = setting("roneneldan/TinyStories", "what to prepare if data_dir is empty: a Hub name, toy, or a path", PATH)
