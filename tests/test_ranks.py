@@ -268,6 +268,15 @@ def test_all_score_the_whole_split_with_the_best_weights_once_they_are_written(d
     assert perplexity(results[0]) == pytest.approx(perplexity(one), rel=1e-5)
 
 
+def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alone):
+    """A run that learns next to nothing scores as the model it starts from, which each rank reads for itself."""
+    source = alone / "model.pt"
+    flags = flags_of(FEW, data, tmp_path) | dict(init_from=source, learning_rate=1e-30, min_lr=0, max_iters=3, weight_decay=0)
+    results = wait_for_all(fork_ranks(tmp_path, 2, **flags))
+    scored = wait_for_all(fork_ranks(tmp_path, 2, "--eval_only", out_dir=alone))
+    assert f"perplexity {perplexity(results[0])}" in scored[0].out and scored[1].out == ""
+
+
 def test_a_signal_to_one_rank_stops_all_and_none_leaves_before_the_checkpoint_is_written(data, tmp_path):
     """A rank that left would make torchrun end the one that writes."""
 

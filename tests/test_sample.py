@@ -1,8 +1,11 @@
 """sample.py: what arrives on stdout and stderr, and how wrong inputs are answered."""
 
+import dataclasses
 import io
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +237,97 @@ def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------
+# A Hugging Face folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A folder that --save_hf wrote, the model.pt it was made from beside it."""
+    folder = tmp_path_factory.mktemp("exported")
+    settings = dataclasses.replace(TINY, n_layer=2, block_size=32, learning_rate=3e-4)
+    torch.manual_seed(0)
+    model = GPT(settings)
+    for p in model.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    facts = dict(iteration=500, tokens=2048000, train_loss=2.25, val_loss=2.5, val_bits_per_byte=0.875, dataset="roneneldan/TinyStories")
+    save_file(folder / "model.pt", settings, model, **facts)
+    sample.main(["--checkpoint", str(folder / "model.pt"), "--save_hf", str(folder / "new" / "hf")])
+    return folder / "new" / "hf"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_an_export_holds_what_hugging_face_reads_and_nothing_else(exported):
+    weights, tokenizer = ["config.json", "generation_config.json", "model.safetensors"], ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*weights, *tokenizer, "vocab.json", "merges.txt", "README.md"])
+    assert [path.name for path in exported.parent.iterdir()] == ["hf"]
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {(exported.parent.parent / "model.pt").stat().st_mode & 0o777}
+
+
+def test_a_pipeline_tells_what_sample_tells(exported, offline, story):
+    from transformers import pipeline
+
+    tell = pipeline("text-generation", model=str(exported))
+    assert tell.model.generation_config.temperature == 0.8 and tell.model.generation_config.top_k == 50
+    torch.manual_seed(0)
+    assert tell("One day")[0]["generated_text"].startswith("One day")  # as long as the context, no longer
+    text = tell("Once upon a time", do_sample=False)[0]["generated_text"]
+    assert len(tokenizer().encode(text)) > 20
+    for path in (exported, exported.parent.parent / "model.pt"):
+        out, _ = story("--checkpoint", str(path), "--temperature", "0", "--max_new_tokens", "28", "--dtype", "float32")
+        assert out == text + "\n"
+
+
+def test_the_exported_tokenizer_gives_tiktokens_ids(exported, offline):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(exported)
+    for text in ("Once upon a time", f" She didn't say {FOX}: “café”,  12,345 你好…\n\n\tEnd  ", "🏳️‍🌈 Zoë's 🙂👩‍👩‍👧"):
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer().encode(text) and theirs.decode(ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == theirs("<|endoftext|>")["input_ids"][0] == END_OF_TEXT
+    assert theirs.model_max_length == 32
+
+
+def test_the_model_card_has_recipe_data_and_losses(exported, tmp_path):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    front = card.split("---\n")[1]
+    assert "datasets: [roneneldan/TinyStories]" in front and "pipeline_tag: text-generation" in front
+    for words in ("| learning_rate | 0.0003 |", "2.2500", "2.5000", "0.8750", "iteration 500 (2,048,000 tokens)", "at most 32 tokens"):
+        assert words in card
+    sample.main(["--checkpoint", str(exported), "--save_hf", str(tmp_path / "again")])
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "loss" not in card and "learning_rate" not in card and "at most 32 tokens" in card
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refusal, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for there in (tmp_path, tmp_path / "file"):
+        assert "--save_hf" in refusal("--checkpoint", "none/model.pt", "--save_hf", str(there))
+    assert "none/model.pt" in refusal("--checkpoint", "none/model.pt", "--save_hf", str(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("size", [1_000_000, 3_400_000])  # the weights do not fit; the tokenizer does not fit
+def test_a_full_disk_leaves_no_half_export(refusal, checkpoint, tmp_path, size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        (tmp_path / "hf").mkdir()  # an empty folder may be there
+        assert "cannot be written" in refusal("--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "hf"]
+    sample.main(["--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf")])
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------
 # Wrong inputs
 
 WRONG = {
@@ -334,7 +428,7 @@ def test_help_says_every_flag_and_answers_within_three_seconds():
     told = {
         entry.split()[0]: bool(re.search("default: |if not given", " ".join(entry.split()))) for entry in done.stdout.split("\n  --")[1:]
     }
-    flags = ["prompt", "checkpoint", "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "device", "dtype"]
+    flags = ["prompt", "checkpoint", "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "device", "dtype", "save_hf"]
     assert told == dict.fromkeys(flags, True)
 
 
@@ -348,3 +442,19 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint):
     process.stderr.close()
     process.wait(timeout=30)
     assert len(notices.splitlines()) == 1 and "seed 1" in notices
+
+
+def test_ctrl_c_ends_the_line_and_exits_with_130(tmp_path):
+    path = random_model(tmp_path / "model.pt", dataclasses.replace(TINY, block_size=1024))
+    process = subprocess.Popen(
+        [sys.executable, SAMPLE, "--checkpoint", path, "--seed", "1", "--max_new_tokens", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever the tests were started with
+    )
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and (first + out).startswith(b"Once upon a time") and out.endswith(b"\n")
+    assert len(err.splitlines()) == 1 and b"seed 1" in err

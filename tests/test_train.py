@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import train
 from config import Config, UserError
-from model import GPT
+from model import GPT, load_model, save_hugging_face
 from prepare_data import prepare
 from sample import pick_device, pick_dtype
 
@@ -785,6 +785,133 @@ def test_two_runs_in_one_folder_are_refused(finished):
 
 
 # ------------------------------------------------------------------------------------------
+# Starting from a model, and scoring one
+
+# What fine-tuning types: no architecture.
+TUNING = {name: value for name, value in TINY.items() if name not in ("n_layer", "n_head", "n_embd", "block_size")}
+EVAL = dict(device="cpu", dtype="float32", compile="false")
+FROZEN = TUNING | dict(learning_rate=1e-30, min_lr=0.0, max_iters=4, lr_decay_iters=4, weight_decay=0.0)  # a run that learns nothing
+
+
+@pytest.fixture(scope="session")
+def export(finished, tmp_path_factory) -> Path:
+    """The finished run's model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("export")
+    save_hugging_face(load_model(str(finished.out / "model.pt")), folder)
+    return folder
+
+
+def score_in(text: str) -> str:
+    [line] = [line for line in text.splitlines() if line.startswith("validation loss")]
+    return line
+
+
+def test_eval_only_says_what_the_run_said_of_itself_and_changes_nothing(finished, data):
+    """The run of the fixture still holds its folder, as one that is going on does."""
+    before = snapshot(finished.folder)
+    stdout, stderr = main("--eval_only", out_dir=finished.out, max_iters=3, learning_rate=7)
+    assert stdout == score_in(finished.stderr) + "\n" and str(finished.out / "model.pt") in stderr and str(data) in stderr
+    assert "--eval_only" in main("--resume", out_dir=finished.out)[1]
+    assert snapshot(finished.folder) == before
+
+
+@torch.no_grad()
+def test_eval_only_agrees_with_hugging_face_on_the_same_windows(export, data, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(export).eval()
+    tokens = torch.tensor(tokens_of(data, "val"))
+    scored = [tokens[i : i + 17] for i in range(0, len(tokens) - 1, 16)]
+    assert 2 < len(scored[-1]) < 17  # the last window is an odd one
+    losses = [F.cross_entropy(theirs(window[None, :-1]).logits[0], window[1:], reduction="sum").item() for window in scored]
+    expected = sum(losses) / (len(tokens) - 1)
+    seen, whole = [], train.Run.whole_split_loss
+    monkeypatch.setattr(train.Run, "whole_split_loss", lambda run, split: seen.append(whole(run, split)) or seen[-1])
+    stdout, _ = main("--eval_only", init_from=export, data_dir=data, device_batch_size=7, **EVAL)
+    assert seen == [pytest.approx(expected, abs=1e-5)]
+    bits = expected / math.log(2) * len(tokens) / sum(len(tale.encode()) for tale in write_tales(data.parent / "again.txt", 1, 25))
+    measures = [float(word) for word in stdout.replace(",", "").split() if word[0].isdigit()]
+    assert measures == pytest.approx([expected, math.exp(expected), bits], abs=0.01, rel=1e-4)
+
+
+def test_eval_only_scores_a_shorter_context_and_other_data(finished, tmp_path, data):
+    write_tales(tmp_path / "other.txt", 3, 60)
+    with contextlib.redirect_stderr(io.StringIO()):
+        prepare(str(tmp_path / "other.txt"), tmp_path / "data", val_fraction=0.3, num_threads=1)
+    lines = {main("--eval_only", out_dir=finished.out, **flags)[0] for flags in ({}, {"block_size": 8}, {"data_dir": tmp_path / "data"})}
+    assert len(lines) == 3
+
+
+def test_eval_only_refuses_what_it_cannot_score(finished, export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "out/demo/model.pt" in refusal("--eval_only", preset="demo")
+    assert "choose one" in refusal("--eval_only", "--resume", out_dir=finished.out)
+    assert "n_layer 1, not 2" in refusal("--eval_only", out_dir=finished.out, n_layer=2)
+    assert "prepare_data.py" in refusal("--eval_only", init_from=export)
+    assert "data/toy" in refusal("--eval_only", init_from=export, dataset="toy")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["model.pt", "ckpt.pt", "folder"])
+def test_a_run_starts_from_the_weights_of_a_model(finished, export, data, tmp_path, form):
+    source = export if form == "folder" else finished.out / form
+    flags = FROZEN | dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
+    stderr = main(init_from=source, **flags)[1]
+    assert score_in(stderr) == score_in(main("--eval_only", init_from=source, data_dir=data, device_batch_size=4, **EVAL)[0])
+    assert f"first weights: {source}" in stderr
+    ours, theirs = load_model(str(tmp_path / "out" / "model.pt")), load_model(str(source))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=1e-12)
+    assert ours.config.init_from == str(source) and (ours.config.n_embd, ours.config.block_size) == (32, 16)
+
+
+def test_a_shorter_context_has_the_first_positions_and_a_longer_one_is_refused(finished, data, tmp_path):
+    source, flags = finished.out / "model.pt", FROZEN | dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path / "plots")
+    for typed, words in (
+        (dict(block_size=17), "positions for 16 tokens only"), (dict(n_layer=2, n_embd=64), "n_layer 1, not 2, n_embd 32, not 64"),
+        (dict(gelu="tanh"), "gelu exact, not tanh"), (dict(bias="false"), "bias True, not False"),
+    ):  # fmt: skip
+        assert words in refusal(init_from=source, **flags | typed)
+    assert not any(tmp_path.iterdir())
+    main(init_from=source, block_size=8, n_layer=1, **flags)
+    ours, theirs = load_model(str(tmp_path / "out" / "model.pt")), load_model(str(source))
+    torch.testing.assert_close(ours.transformer.wpe.weight, theirs.transformer.wpe.weight[:8], rtol=0, atol=1e-12)
+
+
+def test_only_a_typed_architecture_counts_not_the_presets(finished, tmp_path):
+    typed = dict(preset="demo", init_from=str(finished.out / "model.pt"), out_dir=str(tmp_path / "out"))
+    config, settings, _, _ = train.plan_run(typed, "")
+    assert (config.n_layer, config.n_embd, config.block_size, config.dropout) == (1, 32, 16, 0.0)  # the demo has 3, 96, 128
+    assert settings.keys() > {"n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu", "block_size"}
+
+
+def test_a_run_that_cannot_start_loses_nothing_and_one_that_can_may_replace_its_own_source(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    flags = FROZEN | dict(data_dir=finished.flags["data_dir"], out_dir=out, plot_dir=tmp_path)
+    before = snapshot(tmp_path)
+    for source, words in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "no checkpoint"), (out / "log.csv", "log.csv")):
+        assert words in refusal("--overwrite", init_from=source, **flags)
+    assert snapshot(tmp_path) == before
+    stderr = main("--overwrite", init_from=out / "model.pt", **flags)[1]
+    assert score_in(stderr) == score_in(finished.stderr) and len(rows_of(out / "log.csv")) == 1
+
+
+def test_a_resumed_run_from_a_model_equals_an_uninterrupted_one_and_needs_its_source_no_more(finished, data, tmp_path):
+    source = shutil.copy(finished.out / "model.pt", tmp_path / "source.pt")
+    flags = TUNING | dict(init_from=source, data_dir=data, plot_dir=tmp_path, eval_interval=8)
+    main(**flags | dict(max_iters=16, out_dir=tmp_path / "whole"))
+    main("--resume", **flags | dict(max_iters=8, out_dir=tmp_path / "part"))
+    Path(source).unlink()
+    shutil.copytree(tmp_path / "part", tmp_path / "rest")
+    stderr = main("--resume", **flags | dict(max_iters=16, out_dir=tmp_path / "rest"))[1]
+    assert "config.py has changed" not in stderr
+    check_equal(tmp_path / "rest", tmp_path / "whole")
+    assert "init_from" in refusal("--resume", out_dir=tmp_path / "rest", init_from="other.pt")
+    assert "config.py has changed" not in main("--resume", out_dir=tmp_path / "rest")[1]
+
+
+# ------------------------------------------------------------------------------------------
 # What has to be there
 
 
@@ -836,13 +963,13 @@ def test_another_dataset_than_the_prepared_one_is_refused(data, tmp_path):
 
 def test_the_prepared_dataset_may_be_named_again(finished, data, tmp_path):
     config = tiny(data, tmp_path, dataset=str(data.parent / "train.txt"))
-    assert train.prepared_data(config, {"dataset": config.dataset}, several_ranks=False)["splits"]["val"]["stories"] == 25
+    assert train.prepared_data(config, {"dataset": config.dataset}, may_prepare=True)["splits"]["val"]["stories"] == 25
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_shorter_than_a_crop_and_its_target_is_refused(data, tmp_path, split):
     tokens = json.loads((data / "meta.json").read_text())["splits"][split]["tokens"]
-    meta = train.prepared_data(tiny(data, tmp_path, block_size=len(tokens_of(data, "val")) - 1), {}, several_ranks=False)
+    meta = train.prepared_data(tiny(data, tmp_path, block_size=len(tokens_of(data, "val")) - 1), {}, may_prepare=True)
     assert meta["splits"]["val"]["tokens"] == len(tokens_of(data, "val"))  # just enough
     line = refused_early(tmp_path, data_dir=data, block_size=tokens)
     assert "val" in line and "block_size" in line and str(tokens + 1) in line
@@ -885,5 +1012,5 @@ def test_a_missing_file_is_refused_and_not_prepared_over(data, tmp_path, name):
 def test_several_ranks_do_not_prepare_data(data, tmp_path):
     config = tiny(tmp_path / "data", tmp_path, dataset=str(data.parent / "train.txt"))
     with pytest.raises(UserError, match="prepare_data.py"):
-        train.prepared_data(config, {}, several_ranks=True)
+        train.prepared_data(config, {}, may_prepare=False)
     assert not any(tmp_path.iterdir())
