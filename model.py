@@ -46,7 +46,7 @@ class Dropout(nn.Dropout):
             return x
         if x.is_cuda:
             return super().forward(x)
-        dropped = round(self.p * 2**16)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
         draw(bits)
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15

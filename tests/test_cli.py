@@ -146,7 +146,8 @@ def test_an_unknown_flag_is_refused_quickly(script, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------
-# Wrong input of train.py: the kinds DESIGN names. Most are in test_config.py and test_train.py too, in process.
+# Wrong input of train.py: the kinds DESIGN names. All are in test_config.py, test_prepare_data.py or
+# test_train.py too, in process; here some of them are slow ones.
 
 
 @pytest.fixture
@@ -164,14 +165,14 @@ def folder(tmp_path) -> Path:
     "argv, words",
     [
         ("--eps nan", ("eps", "nan")),
-        ("--preset refrence", ("did you mean reference?",)),
-        ("--dataset missing.txt", ("missing.txt",)),
-        ("--dataset empty.txt", ("empty.txt", "empty")),
+        pytest.param("--preset refrence", ("did you mean reference?",), marks=pytest.mark.slow),
+        pytest.param("--dataset missing.txt", ("missing.txt",), marks=pytest.mark.slow),
+        pytest.param("--dataset empty.txt", ("empty.txt", "empty"), marks=pytest.mark.slow),
         ("--dataset latin.txt", ("latin.txt", "UTF-8")),
-        ("--dataset number.jsonl", ("number.jsonl", "string")),
-        ("--dataset image.png", ("image.png",)),
+        pytest.param("--dataset number.jsonl", ("number.jsonl", "string"), marks=pytest.mark.slow),
+        pytest.param("--dataset image.png", ("image.png",), marks=pytest.mark.slow),
         ("", ("roneneldan/TinyStories", "Hub", "--dataset toy")),  # offline
-        ("--dataset tales.txt --device cuda:77", ("cuda:77", "--device cpu")),
+        pytest.param("--dataset tales.txt --device cuda:77", ("cuda:77", "--device cpu"), marks=pytest.mark.slow),
         ("--dataset tales.txt --device cpu --dtype float16", ("float16", "--dtype float32")),
     ],
 )

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -416,14 +415,11 @@ def test_a_hugging_face_folder_whose_weights_do_not_fit_is_one_line(tmp_path):
 
 
 def test_help_says_every_flag_and_answers_within_three_seconds():
-    seconds = []
-    for _ in range(3):  # a busy machine gets another try
-        start = time.monotonic()
-        done = command("--help")
-        seconds.append(time.monotonic() - start)
-        if seconds[-1] < 3:
-            break
-    assert min(seconds) < 3, seconds
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor: on a busy machine the clock on the wall says little.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     assert done.returncode == 0 and done.stderr == ""
     told = {
         entry.split()[0]: bool(re.search("default: |if not given", " ".join(entry.split()))) for entry in done.stdout.split("\n  --")[1:]

@@ -1014,3 +1014,23 @@ def test_several_ranks_do_not_prepare_data(data, tmp_path):
     with pytest.raises(UserError, match="prepare_data.py"):
         train.prepared_data(config, {}, may_prepare=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_time_left_is_true_within_a_tenth_evaluations_included(monkeypatch):
+    """Iterations take 3 s, forward passes 1 s; an evaluation is half as long as what lies between two."""
+    config = Config(max_iters=1000, eval_interval=100, eval_iters=75)
+    now = 1000.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    clock = train.Clock(config, train.State(), val_tokens=200 * config.tokens_per_iteration)
+    told = []
+    for iteration in range(1, 1001):
+        now += 3
+        if iteration % 50 == 20:  # the first after a minute
+            told.append((now, clock.seconds_left(iteration)))
+        if iteration % 100 == 0:
+            clock.stop(iteration)
+            now += 2 * 75
+            clock.restart(iteration)
+    end = now + 200
+    for at, left in told:
+        assert left == pytest.approx(end - at, rel=0.1), at
