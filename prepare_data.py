@@ -15,6 +15,7 @@ Only a few batches are in memory at any time, so the size of a dataset does not 
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -345,7 +346,7 @@ def tidy(stories: list[str], clean: bool) -> tuple[list[str], Counter[str]]:
 # A closing quote in the wrong encoding, whose last byte was lost on the way. A ? behind it may stand for that byte: left alone.
 LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")
 ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060\ufeff]|\u200d(?![^\\w\\s])")  # a joiner of emojis stays
-WHOLE = re.compile(r"""[.!?…]["'”’»)\]*\s]*$|\bthe end\W*$""", re.IGNORECASE)
+WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
 
 
 def repair(story: str) -> tuple[str, list[str]]:
@@ -539,12 +540,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from preparing it; folders made in vain are removed again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks: then without
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: then without
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -553,8 +551,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             clear_partials(folder, FILES)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
         for path in made:
             with contextlib.suppress(OSError):  # in use: it holds what was wanted
                 path.rmdir()

@@ -147,7 +147,7 @@ def save_hf(model: GPT, checkpoint: str, folder: Path) -> None:
     """Weights, tokenizer and model card in a new folder, whole or not at all. UserError if it cannot be written."""
     facts = load_file(Path(checkpoint)) if Path(checkpoint).is_file() else {}
     try:
-        with whole_folder(folder) as partial:
+        with whole_folder(folder.resolve()) as partial:
             save_hugging_face(model, partial, **GENERATION)
             save_tokenizer(partial, model.config.block_size)
             (partial / "README.md").write_text(model_card(model, checkpoint, facts), encoding="utf-8")
@@ -176,7 +176,8 @@ def save_tokenizer(folder: Path, block_size: int) -> None:
 
 def model_card(model: GPT, checkpoint: str, facts: dict[str, Any]) -> str:
     """The folder's README.md: what the model is, and for one of ours the data, the losses and the recipe of its run."""
-    config, data = model.config, facts.get("dataset", "toy")
+    config, data = model.config, model.config.dataset if facts else "toy"
+    scored = (facts.get("state", facts).get("log") or [facts])[-1]  # a ckpt.pt keeps its evaluations in its state
     name = Path(data).name if is_path(data) else data
     lines = ["---", "language: en", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, tinystories]"]
     lines += [f"datasets: [{data}]"] * (data == name != "toy")
@@ -187,12 +188,12 @@ def model_card(model: GPT, checkpoint: str, facts: dict[str, Any]) -> str:
     lines += ['print(tell("Once upon a time")[0]["generated_text"])', "```", ""]
     if not facts:
         return "\n".join([*lines, f"Its weights are those of {checkpoint}.", ""])
-    if "val_loss" in facts:
-        lines += [f"Trained on {name}; the weights are those of iteration {facts['iteration']:,} ({facts['tokens']:,} tokens). "
+    if "val_loss" in scored:
+        lines += [f"Trained on {name}; scored at iteration {scored['iteration']:,} ({scored['tokens']:,} tokens). "
                   "On evenly spaced windows of each split:", "", "| | |", "| --- | --- |"]  # fmt: skip
         measures = {"training loss, nats per token": "train_loss", "validation loss, nats per token": "val_loss",
                     "validation, bits per byte": "val_bits_per_byte"}  # fmt: skip
-        lines += [*(f"| {words} | {facts[key]:.4f} |" for words, key in measures.items()), ""]
+        lines += [*(f"| {words} | {scored[key]:.4f} |" for words, key in measures.items()), ""]
     lines += ["The settings of its run:", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in dataclasses.asdict(config).items() if key not in ELSEWHERE]
     return "\n".join(lines) + "\n"
@@ -227,9 +228,6 @@ def main(argv: list[str]) -> None:
             print("\n---\n".join(prompt + text for text in texts))
     except torch.OutOfMemoryError:
         raise UserError("CUDA is out of memory: try fewer --num_samples") from None
-    except KeyboardInterrupt:
-        print()  # the line is ended where the story stands, be it a terminal or a file
-        sys.exit(130)
 
 
 if __name__ == "__main__":

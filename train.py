@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import Config, Parser, UserError, add_config_flags, clear_partials, notice, one_line, run, whole_file
-from model import CHUNK, GPT, config_of, load_file, load_model, load_weights, save_file
+from model import GPT, config_of, load_file, load_model, load_weights, save_file
 from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
 from sample import pick_device, pick_dtype, stories
 
@@ -45,10 +45,6 @@ MAY_CHANGE = {
 }  # fmt: skip
 # What a model that a run starts from decides; block_size may be cut.
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
-LOG_COLUMNS = (
-    "iteration", "tokens", "train_loss", "val_loss", "val_bits_per_byte",
-    "learning_rate", "grad_norm", "skipped_updates", "tokens_per_second", "seconds",
-)  # fmt: skip
 FILES = ("model.pt", "log.csv", "ckpt.pt")
 MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which a run cannot recover
 REFERENCE_CURVE = Path(__file__).parent / "plots" / "published_reference.csv"
@@ -538,12 +534,6 @@ class Run:
             typed=self.typed, data=data_hashes(self.meta),
         )  # fmt: skip
 
-    def begin_from(self, source: GPT) -> None:
-        """Starts from another model's weights, with as many of its positions as this context has."""
-        weights = source.state_dict()
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
-        load_weights(self.model, weights, "the model to start from")
-
     def restore(self, saved: dict[str, Any]) -> None:
         """The inverse of `save`. UserError if the data is not the data the run began with."""
         if saved["data"] != data_hashes(self.meta):
@@ -583,7 +573,7 @@ def bits_per_byte(loss: float, split: dict[str, Any]) -> float:
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(log[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: round(value, 6 if name != "learning_rate" else 12) for name, value in row.items()} for row in log)
     with whole_file(path) as partial:
@@ -614,18 +604,6 @@ def draw_curves(path: Path, config: Config, log: list[dict[str, float]]) -> None
     rate.grid(alpha=0.3)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-
-
-def memory_estimate(config: Config, parameters: int, dtype: torch.dtype, kind: str) -> float:
-    """Gigabytes a pass takes on the device, within a third: weights, optimizer, activations, the head's chunk."""
-    size = 4 if dtype == torch.float32 else 2
-    tokens = config.pass_sequences * config.block_size
-    state = parameters * 16  # weights, gradient and AdamW's two moments, float32
-    # 17 values of C a block and token (Korthikanti et al., 2022, equation 2, without the attention matrix),
-    # and the residual stream in float32.
-    activations = tokens * config.n_layer * config.n_embd * (17 * size + 8)
-    head = config.vocab_size * (min(tokens, CHUNK[kind]) * (2 * size + 8) + config.n_embd * (4 + size))
-    return (state + activations + head) / 1e9
 
 
 # ------------------------------------------------------------------------------------------
@@ -768,7 +746,6 @@ def describe(run: Run) -> None:
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     updates = math.ceil(config.max_iters / config.gradient_accumulation_steps)
     parameters = run.model.parameter_count()
-    memory = memory_estimate(config, parameters, run.dtype, run.device.type)
     compiled = "compiled" if should_compile(config.compile) else "not compiled"
     notice(f"{config.preset}: {parameters / 1e6:.1f} M parameters on {device}, {str(run.dtype).removeprefix('torch.')}, {compiled}")
     if config.init_from:
@@ -776,15 +753,15 @@ def describe(run: Run) -> None:
     notice(f"data: {config.data_dir} ({run.meta['dataset']}), {run.meta['splits']['train']['tokens']:,} training tokens")
     notice(
         f"{config.max_iters:,} iterations in {updates:,} updates of {update:,} tokens: "
-        f"{config.max_iters * config.tokens_per_iteration:,} tokens in all; about {memory:.1f} GB of memory"
+        f"{config.max_iters * config.tokens_per_iteration:,} tokens in all"
     )
 
 
 def score(run: Run) -> str:
     """The whole validation split, scored: a line."""
     loss = run.whole_split_loss("val")
-    bits = bits_per_byte(loss, run.meta["splits"]["val"])
-    return f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte"
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return f"validation loss {loss:.4f}, perplexity {perplexity:.2f}, {bits_per_byte(loss, run.meta['splits']['val']):.4f} bits per byte"
 
 
 def score_only(typed: dict[str, Any]) -> None:
@@ -793,10 +770,14 @@ def score_only(typed: dict[str, Any]) -> None:
     if "init_from" not in typed and not Path(path).is_file():
         raise UserError(f"there is no {path} to score: name its --out_dir, or a model with --init_from")
     source = load_model(path)
-    names = {"data_dir", "dataset", "device", "dtype", "compile", "device_batch_size"}
-    wanted = {name: value for name, value in typed.items() if name in names} | architecture(source.config, path, typed)
-    if "dataset" in typed:  # its folder, unless one was typed
+    # The run's own data; the device at hand, which need not be the run's.
+    wanted = dict(device="auto", dtype="auto", compile="auto", device_batch_size=None)
+    if "preset" in typed and "init_from" in typed:
+        wanted["dataset"] = Config.from_preset(typed["preset"]).dataset
+    wanted |= {name: value for name, value in typed.items() if name in {"data_dir", "dataset", *wanted}}
+    if "dataset" in wanted:  # its folder, unless one was typed
         wanted.setdefault("data_dir", None)
+    wanted |= architecture(source.config, path, typed)
     config = dataclasses.replace(source.config, **wanted)
     with told_of_memory(config):
         run = start(config, typed, None, source, may_prepare=False)
@@ -845,9 +826,10 @@ def start(
     run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
     if saved:
         run.restore(saved)
-    if source:
-        run.begin_from(source)
-    bits = source and source.transformer.wte.weight.view(torch.int32).sum().item()  # whole numbers add up the same everywhere
+    if source:  # with as many of its positions as this context has
+        positions = {"transformer.wpe.weight": source.transformer.wpe.weight[: config.block_size]}
+        load_weights(run.model, source.state_dict() | positions, "the model to start from")
+    bits = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()  # whole numbers add up the same everywhere
     run.ranks.check_same((run.state.iteration, data_hashes(meta), config.seed, config.max_iters, bits))
     return run
 
@@ -884,7 +866,7 @@ def main(argv: list[str]) -> None:
             run.out_dir.mkdir(parents=True, exist_ok=True)
             lock_folder(run.out_dir)
             clear_partials(run.out_dir, FILES)
-            for name in FILES if mode == "overwrite" else ():
+            for name in FILES[1:] if mode == "overwrite" else ():  # model.pt, which may be init_from, until there is a new one
                 (run.out_dir / name).unlink(missing_ok=True)
             describe(run)
         if not train(run):

@@ -452,5 +452,5 @@ def test_ctrl_c_ends_the_line_and_exits_with_130(tmp_path):
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and (first + out).startswith(b"Once upon a time") and out.endswith(b"\n")
-    assert len(err.splitlines()) == 1 and b"seed 1" in err
+    assert process.returncode == 130 and (first + out).startswith(b"Once upon a time")
+    assert err.endswith(b"\n\n") and len(err.splitlines()) == 2 and b"seed 1" in err  # the line on the terminal is ended

@@ -136,7 +136,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def machine(cuda: bool = False) -> str:
     """What the figures were measured on: processor, threads, versions."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    device = torch.cuda.get_device_name() if cuda else f"{names[0]}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    device = torch.cuda.get_device_name() if cuda else f"{processor}, {os.cpu_count()} cores"
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "tiktoken", "datasets"))
     return f"{device}; Python {platform.python_version()}, {packages}"
