@@ -207,6 +207,8 @@ class GPT(nn.Module):
 # a CPU, few enough to stay in its cache (a tenth of the time that passes over memory take).
 CHUNK = {"cpu": 512, "cuda": 8192}
 ROWS = {"cpu": 64, "cuda": 8192}
+# Rows of the weight's gradient at a time: what is added to it would otherwise be as large as it is.
+SLICE = {"cpu": 16384, "cuda": 65536}
 
 # Float16 has no room below 6e-8, where the softmax of an unlikely token lies: its gradient is
 # kept 8 times as large (exactly: a power of two) and divided again in float32.
@@ -238,7 +240,8 @@ class HeadLoss(torch.autograd.Function):
     ):  # fmt: skip
         kind, vocab = x.device.type, weight.size(0)
         # A width that is a multiple of 64 suits the matrix units: zero rows, masked out of the softmax.
-        w = F.pad(weight.to(dtype), (0, 0, 0, -vocab % 64))
+        w = weight.new_zeros((vocab + -vocab % 64, weight.size(1)), dtype=dtype)
+        w[:vocab] = weight
         scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
         loss = x.new_zeros((), dtype=torch.float32)
         dx, dw = (torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)) if training else (None, None)
@@ -251,7 +254,8 @@ class HeadLoss(torch.autograd.Function):
                 loss += gradient_of(some, target, scale)  # where only the loss is wanted too: it is the fastest way to that
             if training:
                 dx[rows] = logits @ w  # now the gradient of the logits
-                dw += logits.t() @ chunk
+                for part, columns in zip(dw.split(SLICE[kind]), logits.split(SLICE[kind], dim=1), strict=True):
+                    part += columns.t() @ chunk
         ctx.factor = 1 / (scale * len(x))
         if training:
             ctx.save_for_backward(dx, dw[:vocab])
