@@ -770,8 +770,8 @@ def score_only(typed: dict[str, Any]) -> None:
     if "init_from" not in typed and not Path(path).is_file():
         raise UserError(f"there is no {path} to score: name its --out_dir, or a model with --init_from")
     source = load_model(path)
-    # The run's own data; the device at hand, which need not be the run's.
-    wanted = dict(device="auto", dtype="auto", compile="auto", device_batch_size=None)
+    # The run's own data; the device at hand, which need not be the run's. To compile for one pass over a split does not pay.
+    wanted = dict(device="auto", dtype="auto", compile="false", device_batch_size=None)
     if "preset" in typed and "init_from" in typed:
         wanted["dataset"] = Config.from_preset(typed["preset"]).dataset
     wanted |= {name: value for name, value in typed.items() if name in {"data_dir", "dataset", *wanted}}

@@ -273,7 +273,7 @@ def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alo
     source = alone / "model.pt"
     flags = flags_of(FEW, data, tmp_path) | dict(init_from=source, learning_rate=1e-30, min_lr=0, max_iters=3, weight_decay=0)
     results = wait_for_all(fork_ranks(tmp_path, 2, **flags))
-    scored = wait_for_all(fork_ranks(tmp_path, 2, "--eval_only", out_dir=alone))
+    scored = wait_for_all(fork_ranks(tmp_path, 2, "--eval_only", out_dir=alone, device="cpu", dtype="float32"))
     assert f"perplexity {perplexity(results[0])}" in scored[0].out and scored[1].out == ""
 
 

@@ -893,7 +893,7 @@ def test_a_run_that_cannot_start_loses_nothing_and_one_that_can_may_replace_its_
     for source, words in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "no checkpoint"), (out / "log.csv", "log.csv")):
         assert words in refusal("--overwrite", init_from=source, **flags)
     assert snapshot(tmp_path) == before
-    assert "not finite" in refusal("--overwrite", init_from=out / "model.pt", **flags | dict(learning_rate=1e30, min_lr=1e30, max_iters=40))
+    assert "not finite" in refusal("--overwrite", init_from=out / "model.pt", **flags | dict(learning_rate=1e30))
     stderr = main("--overwrite", init_from=out / "model.pt", **flags)[1]
     assert score_in(stderr) == score_in(finished.stderr) and len(rows_of(out / "log.csv")) == 1
 
