@@ -893,9 +893,16 @@ def test_a_run_that_cannot_start_loses_nothing_and_one_that_can_may_replace_its_
     for source, words in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "no checkpoint"), (out / "log.csv", "log.csv")):
         assert words in refusal("--overwrite", init_from=source, **flags)
     assert snapshot(tmp_path) == before
-    assert "not finite" in refusal("--overwrite", init_from=out / "model.pt", **flags | dict(learning_rate=1e30))
     stderr = main("--overwrite", init_from=out / "model.pt", **flags)[1]
     assert score_in(stderr) == score_in(finished.stderr) and len(rows_of(out / "log.csv")) == 1
+
+
+def test_a_run_that_fails_before_its_first_evaluation_leaves_the_model_it_began_with(finished, data, tmp_path):
+    out = copy_of(finished, tmp_path)
+    flags = FROZEN | dict(data_dir=data, out_dir=out, plot_dir=tmp_path, learning_rate=1e30)
+    assert "not finite" in refusal("--overwrite", init_from=out / "model.pt", **flags)
+    assert [path.name for path in out.iterdir()] == ["model.pt"]
+    assert (out / "model.pt").read_bytes() == (finished.out / "model.pt").read_bytes()
 
 
 def test_a_resumed_run_from_a_model_equals_an_uninterrupted_one_and_needs_its_source_no_more(finished, data, tmp_path):
