@@ -115,7 +115,7 @@ def main() -> None:
             f"{timing.median / tokens / base:.2f}x", f"{timing.memory / 1e9:.2f} GB", f"{ceiling * new / timing.median:.0%}",
         ])  # fmt: skip
     print(machine(cuda))
-    columns = ["", "median", "spread", "tokens/s", "ours, 1 story is faster", "peak memory", "of ceiling"]
+    columns = ["", "median", "spread", "tokens/s", "time a token, ours 1", "peak memory", "of ceiling"]
     show("Tokens drawn, temperature 0.8, top-k 50", columns, rows)
     with tempfile.TemporaryDirectory() as folder:
         save_file(Path(folder, "model.pt"), Config(), GPT(Config()))

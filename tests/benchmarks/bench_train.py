@@ -159,7 +159,7 @@ def report(timings: dict, batch_size: int, cuda: bool) -> None:
         ])  # fmt: skip
     print(machine(cuda))
     speed = f"{flops / 1e9:,.0f} GFLOP; the products alone run at {flops / products.median / 1e9:,.0f} GFLOP/s"
-    columns = ["", "median", "spread", "tokens/s", "ours is faster", "peak memory", "of ceiling"]
+    columns = ["", "median", "spread", "tokens/s", "time, ours 1", "peak memory", "of ceiling"]
     show(f"An iteration of {config.tokens_per_iteration:,} tokens, {speed}", columns, rows)
     peak = next((peak for card, peak in PUBLISHED_PEAK.items() if cuda and card in torch.cuda.get_device_name()), None)
     if peak:
