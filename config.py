@@ -184,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=1e-3, embedding_lr=3.0, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
         beta1=0.85, beta2=0.999, grad_clip=2.0, eval_interval=2000, eval_iters=96,
     ),
-    # Prepare, train and sample in two or three minutes on two CPU cores: a small model on the toy corpus.
+    # Prepare, train and sample in a minute or two on two CPU cores: a small model on the toy corpus.
     "demo": dict(
         dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, init="fan_in", embedding_std=0.03,
         batch_size=8, gradient_accumulation_steps=1, max_iters=240, crops="shuffled",
