@@ -463,15 +463,10 @@ def config_from_hugging_face(theirs: Any, path: str) -> Config:
     )  # fmt: skip
 
 
-def save_hugging_face(model: GPT, folder: Path, **generation: Any) -> None:
-    """Writes the model (on the CPU, float32) into `folder` as `load_hugging_face` reads it, biases it lacks as zeros.
+def to_hugging_face(model: GPT) -> Any:
+    """Our model (on the CPU, float32) as Hugging Face's GPT2LMHeadModel, biases it lacks as zeros."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    config.json, model.safetensors, and generation_config.json with `generation`'s settings.
-    """
-    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     config = model.config
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
@@ -482,5 +477,18 @@ def save_hugging_face(model: GPT, folder: Path, **generation: Any) -> None:
     weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}
     weights |= {name: weight.t() if name.endswith(TRANSPOSED) else weight for name, weight in ours.items()}
     theirs.load_state_dict(weights | {"lm_head.weight": ours["transformer.wte.weight"]})
-    theirs.generation_config = GenerationConfig(max_length=config.block_size, **generation)
+    return theirs
+
+
+def save_hugging_face(model: GPT, folder: Path, **generation: Any) -> None:
+    """Writes the model (on the CPU, float32) into `folder` as `load_hugging_face` reads it.
+
+    config.json, model.safetensors, and generation_config.json with `generation`'s settings.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = to_hugging_face(model)
+    theirs.generation_config = GenerationConfig(max_length=model.config.block_size, **generation)
     theirs.save_pretrained(folder)

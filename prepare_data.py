@@ -465,7 +465,7 @@ def prepare(
         sources = sources or find_sources(dataset, val_dataset, val_fraction, clean)
         meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2", "vocab_size": END_OF_TEXT + 1, "splits": {}}
         try:
-            return write_folder(folder, meta, sources, num_threads, clean)
+            return write_folder(folder, meta, sources, num_threads)
         except OSError as problem:  # the disk is full, say: what cannot be read has become a UserError before
             raise UserError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
 
@@ -515,14 +515,14 @@ def drawn(story: str) -> float:
     return int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source], num_threads: int, clean: bool) -> dict[str, Any]:
+def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source], num_threads: int) -> dict[str, Any]:
     """All three files or none. meta.json gets its name last: it vouches for the others by their SHA-256."""
     tokenizer()
     table = [f"{folder}\nsplit    stories   empty       tokens bytes/token  seconds    tokens/s"]
     with whole_file(folder / "meta.json") as meta_file, whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         for split, path in (("val", val), ("train", train)):  # the short one first: an empty one is seen at once
             start = time.perf_counter()
-            row = meta["splits"][split] = write_split(split, sources[split], path, num_threads, clean)
+            row = meta["splits"][split] = write_split(split, sources[split], path, num_threads, meta["settings"]["clean"])
             if not row["stories"]:
                 hint = "; raise --val_fraction or give --val_dataset" if split == "val" else ""
                 raise UserError(f"{meta['dataset']} is empty: no story for the {split} split{hint}")

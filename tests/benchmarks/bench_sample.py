@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from model import GPT, generate, save_file
+from model import GPT, generate, save_file, to_hugging_face
 from sample import pick_dtype
 from tests.benchmarks.harness import Works, machine, measure, show
 
@@ -49,12 +49,8 @@ def ours(device: str, dtype: torch.dtype) -> Works:
 
 
 def hugging_face(device: str, dtype: torch.dtype) -> Works:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = Config()
-    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu")).to(device, dtype).eval()
+    model = to_hugging_face(GPT(Config())).to(device, dtype).eval()
     prompt = torch.tensor([PROMPT], device=device)
     options = dict(do_sample=True, temperature=0.8, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=50256)
     return {f"1 story, {NEW} tokens": lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import train
 from config import Config
-from model import CHUNK, GPT
+from model import CHUNK, GPT, to_hugging_face
 from prepare_data import prepare
 from sample import pick_dtype
 from tests.benchmarks.harness import Works, machine, measure, show
@@ -27,9 +27,8 @@ def random_batch(config: Config, device: str) -> tuple[torch.Tensor, torch.Tenso
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def ours(batch_size: int, device: str) -> Works:
+def ours(batch_size: int, device: str, folder: str) -> Works:
     """train.py with its defaults, on the toy corpus."""
-    folder = tempfile.mkdtemp()
     prepare("toy", f"{folder}/data")
     config = Config(batch_size=batch_size, device=device, data_dir=f"{folder}/data", out_dir=f"{folder}/out", plot_dir=folder)
     run = train.start(config, {}, None)
@@ -60,11 +59,8 @@ def ours(batch_size: int, device: str) -> Works:
 
 
 def hugging_face(batch_size: int, device: str, dtype: torch.dtype) -> Works:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     config = Config(batch_size=batch_size)
-    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu")).to(device).train()
+    model = to_hugging_face(GPT(config)).to(device).train()
     x, _ = random_batch(config, device)
 
     def iteration() -> None:
@@ -128,8 +124,9 @@ def main() -> None:
         raise SystemExit("this processor has no bfloat16: ours and the peers would all run in float32")
     name = str(fast).removeprefix("torch.")
     setup = functools.partial
+    folder = tempfile.TemporaryDirectory()
     contenders = {
-        "ours": setup(ours, args.batch_size, device),
+        "ours": setup(ours, args.batch_size, device, folder.name),
         "Hugging Face, float32 (its default)": setup(hugging_face, args.batch_size, device, torch.float32),
         f"Hugging Face, {name} autocast": setup(hugging_face, args.batch_size, device, fast),
         "full logits, float32": setup(full_logits, args.batch_size, device, torch.float32, False),
@@ -138,7 +135,8 @@ def main() -> None:
     }
     if cuda:
         contenders[f"full logits, {name}, compiled"] = setup(full_logits, args.batch_size, device, fast, True)
-    timings = measure(contenders, args.repeats, cuda)
+    with folder:
+        timings = measure(contenders, args.repeats, cuda)
     report(timings, args.batch_size, cuda)
 
 
