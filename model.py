@@ -144,7 +144,7 @@ class GPT(nn.Module):
         2019, section 2.3). fan_in: std 1 / sqrt(inputs), which keeps the size of what flows
         through (LeCun et al., 1998, section 4.6), half of that for queries and keys, so that
         attention begins nearly even, and zero for those two projections: every block begins
-        as the identity.
+        as the identity. Positions begin as waves (`position_waves`).
         """
         config = self.config
         if isinstance(module, nn.Embedding):
@@ -159,6 +159,9 @@ class GPT(nn.Module):
         if isinstance(module, Attention) and config.init == "fan_in":
             with torch.no_grad():
                 module.c_attn.weight[: 2 * config.n_embd] /= 2
+        if isinstance(module, GPT) and config.init == "fan_in":
+            with torch.no_grad():
+                self.transformer.wpe.weight.copy_(position_waves(config.block_size, config.n_embd, config.embedding_std))
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token ids (B, T) to the features the head reads (B, T, C)."""
@@ -193,6 +196,17 @@ class GPT(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def position_waves(count: int, width: int, std: float) -> torch.Tensor:
+    """Sines and cosines of the position, (count, width), of wavelengths from 6 to 6 x count tokens (Vaswani et al., 2017, section 3.5).
+
+    Near positions begin alike, and a step along the text is the same rotation everywhere, so
+    that "the token before" has not to be learnt for each position alone.
+    """
+    half = (width + 1) // 2
+    angles = torch.arange(count).unsqueeze(1) * float(count) ** -(torch.arange(half) / half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width] * (std * math.sqrt(2))
 
 
 # ------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ class Run:
         self.state.best_val_loss = min(row["val_loss"], self.state.best_val_loss)
         if self.ranks.rank == 0:
             if best:
-                save_file(self.out_dir / "model.pt", self.config, self.model, **row, dataset=self.meta["dataset"])
+                save_file(self.out_dir / "model.pt", self.config, self.model, **row)
             write_log(self.out_dir / "log.csv", self.state.log)
         self.save(row["seconds"])
 
@@ -855,7 +855,8 @@ def main(argv: list[str]) -> None:
         return
     config, typed, saved, source = plan_run(typed, mode)
     if saved and is_finished(config, State(**saved["state"])):
-        notice(f"the run in {config.out_dir} is finished: {saved['state']['iteration']:,} of {config.max_iters:,} iterations; "
+        done = saved["state"]["iteration"]
+        notice(f"the run in {config.out_dir} is finished: {done:,} iterations are done, max_iters is {config.max_iters:,}; "
                f"to score it again: python train.py --eval_only --out_dir {config.out_dir}")  # fmt: skip
         return
     with told_of_memory(config):

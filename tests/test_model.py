@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 import model as model_module
 from config import Config, UserError
-from model import FORMAT, GPT, Dropout, generate, head_loss, load_file, load_model, pick, save_file, save_hugging_face
+from model import FORMAT, GPT, Dropout, generate, head_loss, load_file, load_model, pick, position_waves, save_file, save_hugging_face
 
 TINY = Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=101, dropout=0.0)
 VOCAB = 50257
@@ -182,6 +183,38 @@ def test_initialisation_is_the_reference_one():
             expected = 0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.02), name
             assert abs(p.mean().item()) < 0.05 * expected, name
+
+
+def test_fitted_initialisation_keeps_the_size_of_what_flows_through():
+    torch.manual_seed(0)
+    config = Config.from_preset("tuned")
+    model = GPT(config)
+    C = config.n_embd
+    for block in model.transformer.h:
+        queries_keys, values = block.attn.c_attn.weight.split([2 * C, C])
+        assert queries_keys.std().item() == pytest.approx(0.5 * C**-0.5, rel=0.02)
+        assert values.std().item() == pytest.approx(C**-0.5, rel=0.02)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(C**-0.5, rel=0.02)
+        assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
+    assert model.transformer.wte.weight.std().item() == pytest.approx(config.embedding_std, rel=0.02)
+    assert model.transformer.wpe.weight.square().mean().sqrt().item() == pytest.approx(config.embedding_std, rel=1e-4)
+    idx = random_ids(config, batch=2)
+    close(model.features(idx), model.transformer.ln_f(model.transformer.wte(idx) + model.transformer.wpe.weight))  # the identity
+
+
+def test_position_waves_are_those_of_hugging_face():
+    theirs = MarianSinusoidalPositionalEmbedding(10_000, 8).create_weight()  # 10,000 is what their wavelengths grow to
+    torch.testing.assert_close(position_waves(10_000, 8, std=0.5**0.5), theirs, rtol=0, atol=2e-3)  # float32 of angles up to 10,000
+
+
+@pytest.mark.parametrize("width", [8, 9])
+def test_position_waves_of_two_tokens_compare_by_their_distance(width):
+    waves = position_waves(16, width, 0.03)
+    assert waves.shape == (16, width)
+    if width % 2 == 0:
+        products = waves @ waves.t()
+        for distance in range(16):
+            close(products.diagonal(distance), products[0, distance].expand(16 - distance), 1e-6)
 
 
 def test_the_default_model_has_about_30_million_parameters():
