@@ -136,6 +136,7 @@ class GPT(nn.Module):
         self.head_gradient: HeadGradient = head_gradient
         self.apply(self._initialise)
 
+    @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
         """The first weights; biases are zero.
 
@@ -157,11 +158,9 @@ class GPT(nn.Module):
             std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "gpt2" else 0.0
             nn.init.normal_(module.c_proj.weight, std=std)
         if isinstance(module, Attention) and config.init == "fan_in":
-            with torch.no_grad():
-                module.c_attn.weight[: 2 * config.n_embd] /= 2
+            module.c_attn.weight[: 2 * config.n_embd] /= 2
         if isinstance(module, GPT) and config.init == "fan_in":
-            with torch.no_grad():
-                self.transformer.wpe.weight.copy_(position_waves(config.block_size, config.n_embd, config.embedding_std))
+            module.transformer.wpe.weight.copy_(position_waves(config.block_size, config.n_embd, config.embedding_std))
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token ids (B, T) to the features the head reads (B, T, C)."""
