@@ -120,8 +120,6 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     fast = pick_dtype("auto", torch.device(device))
-    if fast == torch.float32:
-        raise SystemExit("this processor has no bfloat16: ours and the peers would all run in float32")
     name = str(fast).removeprefix("torch.")
     setup = functools.partial
     folder = tempfile.TemporaryDirectory()
@@ -133,6 +131,8 @@ def main() -> None:
         f"full logits, {name} autocast": setup(full_logits, args.batch_size, device, fast, False),
         f"matrix products alone, {name}": setup(products, args.batch_size, device, fast),
     }
+    if fast == torch.float32:  # a processor without bfloat16: there is nothing to cast to
+        contenders = {name: contender for name, contender in contenders.items() if "autocast" not in name}
     if cuda:
         contenders[f"full logits, {name}, compiled"] = setup(full_logits, args.batch_size, device, fast, True)
     with folder:
