@@ -132,7 +132,7 @@ def main() -> None:
         f"matrix products alone, {name}": setup(products, args.batch_size, device, fast),
     }
     if fast == torch.float32:  # a processor without bfloat16: there is nothing to cast to
-        contenders = {name: contender for name, contender in contenders.items() if "autocast" not in name}
+        contenders = {key: contender for key, contender in contenders.items() if "autocast" not in key}
     if cuda:
         contenders[f"full logits, {name}, compiled"] = setup(full_logits, args.batch_size, device, fast, True)
     with folder:
