@@ -78,7 +78,7 @@ class Config:
     dropout: float = setting(0.1, "share of activations dropped in training", below_one())
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
-    init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see GPT)", one_of("gpt2", "fan_in"))
+    init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see model.py)", one_of("gpt2", "fan_in"))
     embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
     init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
                                           "random weights if not given", PATH)  # fmt: skip
@@ -101,7 +101,7 @@ class Config:
     learning_rate: float = setting(1e-4, "rate at the end of the warmup", above(0))
     min_lr: float = setting(5e-4, "rate at the end of the decay", at_least(0))
     lr_schedule: str = setting("cosine", "shape of the decay", one_of("cosine", "linear"))
-    warmup_iters: int | None = setting(1000, "iterations of linear warmup; a twentieth of max_iters if none are set", at_least(0))
+    warmup_iters: int | None = setting(1000, "iterations of linear warmup; in tuned a twentieth of max_iters", at_least(0))
     warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate", between(0, 1))
     lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; max_iters if not given", at_least(1))
 
@@ -182,7 +182,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=4, gradient_accumulation_steps=1, max_iters=80_000, dropout=0.0, crops="shuffled",
         init="fan_in", embedding_std=0.03,
         learning_rate=7e-4, embedding_lr=3.0, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
-        beta1=0.9, beta2=0.999, grad_clip=2.0, eval_interval=4000, eval_iters=192,
+        beta1=0.9, beta2=0.999, grad_clip=2.0, eval_interval=1000, eval_iters=48,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model on the toy corpus.
     "demo": dict(

@@ -743,7 +743,7 @@ def describe(run: Run) -> None:
     """What is about to run, in a few lines."""
     config = run.config
     update = config.tokens_per_iteration * config.gradient_accumulation_steps
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     updates = math.ceil(config.max_iters / config.gradient_accumulation_steps)
     parameters = run.model.parameter_count()
     compiled = "compiled" if should_compile(config.compile) else "not compiled"
@@ -755,6 +755,8 @@ def describe(run: Run) -> None:
         f"{config.max_iters:,} iterations in {updates:,} updates of {update:,} tokens: "
         f"{config.max_iters * config.tokens_per_iteration:,} tokens in all"
     )
+    if run.state.iteration:
+        notice(f"going on from iteration {run.state.iteration:,}")
 
 
 def score(run: Run) -> str:

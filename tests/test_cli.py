@@ -114,6 +114,7 @@ def test_a_run_is_resumed_from_the_command_line(demo, tmp_path):
     done = run(tmp_path, "train.py", "--resume", "--preset", "demo", "--max_iters", 181)
     assert done.status == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")
+    assert "going on from iteration 180" in done.stderr
     assert (tmp_path / "out" / "demo" / "log.csv").read_text().splitlines()[-1].startswith("181,")
 
 

@@ -61,11 +61,16 @@ def test_the_reference_run_is_41_million_tokens_in_313_updates():
     assert c.max_iters * c.tokens_per_iteration == pytest.approx(41e6, rel=0.01)
 
 
-def test_an_evaluation_is_a_few_dozen_batches_and_under_5_percent_of_the_run():
-    c = Config()
+@pytest.mark.parametrize("preset", ["reference", "tuned"])
+def test_an_evaluation_is_a_few_dozen_batches_and_under_5_percent_of_the_run(preset):
+    c = Config.from_preset(preset)
     assert 12 <= c.eval_iters <= 60
     forwards = 2 * c.eval_iters * c.max_iters / c.eval_interval  # a forward pass is a third of an iteration
     assert forwards / 3 < 0.05 * c.max_iters
+
+
+def test_a_short_run_of_tuned_is_evaluated_on_the_way():
+    assert Config.from_preset("tuned").eval_interval <= 2000 / 2  # 2,000 iterations: the shortest run that the README proposes
 
 
 def test_the_reference_preset_is_the_defaults():

@@ -15,7 +15,7 @@ import torch
 
 import config
 import sample
-from config import Config
+from config import Config, UserError
 from model import GPT, save_file
 from prepare_data import END_OF_TEXT, tokenizer
 
@@ -216,6 +216,16 @@ def test_the_default_checkpoint_is_the_newest_model(tmp_path):
         os.utime(path, (1e9 - age, 1e9 - age))
     done = command("--prompt", "I am", "--temperature", "0", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "I am b\n", done.stderr
+
+
+def test_a_run_stopped_before_its_first_model_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--preset demo"):
+        sample.newest_checkpoint()
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "ckpt.pt").touch()
+    with pytest.raises(UserError, match=r"--resume --out_dir out/mine\b.*--checkpoint out/mine/ckpt.pt"):
+        sample.newest_checkpoint()
 
 
 def test_a_checkpoint_with_a_training_state_beside_the_weights_is_read(story, tmp_path):
