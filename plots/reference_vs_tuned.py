@@ -30,7 +30,7 @@ def main() -> None:
     for label, (name, style) in CURVES.items():
         axes.plot(*read(name), label=label, **style)
     axes.axhline(2.9633, color="0.5", linewidth=1, linestyle=":")
-    axes.annotate("2.963: where the published run ended", (1.1e5, 2.9633), (1.1e5, 2.72), color="0.4", fontsize=9)
+    axes.annotate("2.963: the published run's last point", (1.1e5, 2.9633), (1.1e5, 2.72), color="0.4", fontsize=9)
     axes.set_xscale("log")
     axes.set_xlim(1e5, 6e7)
     axes.set_ylim(2, 10)
