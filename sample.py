@@ -79,11 +79,11 @@ def cpu_has_bfloat16() -> bool:
 
 def newest_checkpoint() -> str:
     found = sorted(Path("out").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-    if not found and (begun := next(Path("out").glob("*/ckpt.pt"), None)):  # stopped before its first evaluation
-        raise UserError(f"there is no out/*/model.pt yet: go on training (python train.py --resume --out_dir {begun.parent}), "
-                        f"or sample it as it is (--checkpoint {begun})")  # fmt: skip
     if not found:
-        raise UserError("there is no out/*/model.pt yet: train one (python train.py --preset demo), or name one with --checkpoint")
+        advice = "train one (python train.py --preset demo), or name one with --checkpoint"
+        if begun := next(Path("out").glob("*/ckpt.pt"), None):  # stopped before its first evaluation
+            advice = f"go on training (python train.py --resume --out_dir {begun.parent}), or sample it as it is (--checkpoint {begun})"
+        raise UserError(f"there is no out/*/model.pt yet: {advice}")
     return str(found[-1])
 
 
