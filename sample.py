@@ -78,13 +78,17 @@ def cpu_has_bfloat16() -> bool:
 
 
 def newest_checkpoint() -> str:
-    found = sorted(Path("out").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        advice = "train one (python train.py --preset demo), or name one with --checkpoint"
-        if begun := next(Path("out").glob("*/ckpt.pt"), None):  # stopped before its first evaluation
-            advice = f"go on training (python train.py --resume --out_dir {begun.parent}), or sample it as it is (--checkpoint {begun})"
-        raise UserError(f"there is no out/*/model.pt yet: {advice}")
-    return str(found[-1])
+    """The model.pt of the run under out/ that wrote one last; UserError if there is none."""
+
+    def newest(name: str) -> Path | None:
+        return max(Path("out").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+
+    if found := newest("model.pt"):
+        return str(found)
+    advice = "train one (python train.py --preset demo), or name one with --checkpoint"
+    if begun := newest("ckpt.pt"):  # before its first evaluation, stopped or not
+        advice = f"sample what is there (--checkpoint {begun}), or go on with it (python train.py --resume --out_dir {begun.parent})"
+    raise UserError(f"there is no out/*/model.pt yet: {advice}")
 
 
 def read_prompt(text: str) -> str:

@@ -70,7 +70,12 @@ def test_an_evaluation_is_a_few_dozen_batches_and_under_5_percent_of_the_run(pre
 
 
 def test_a_short_run_of_tuned_is_evaluated_on_the_way():
-    assert Config.from_preset("tuned").eval_interval <= 2000 / 2  # 2,000 iterations: the shortest run that the README proposes
+    assert Config.from_preset("tuned").eval_interval <= 1000 / 2  # 1,000 iterations: the shortest run that the README proposes
+
+
+def test_tuned_has_the_budget_of_the_reference():
+    tuned, reference = Config.from_preset("tuned"), Config()
+    assert tuned.max_iters * tuned.tokens_per_iteration == reference.max_iters * reference.tokens_per_iteration
 
 
 def test_the_reference_preset_is_the_defaults():

@@ -224,7 +224,7 @@ def test_a_run_stopped_before_its_first_model_is_pointed_to(tmp_path, monkeypatc
         sample.newest_checkpoint()
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "ckpt.pt").touch()
-    with pytest.raises(UserError, match=r"--resume --out_dir out/mine\b.*--checkpoint out/mine/ckpt.pt"):
+    with pytest.raises(UserError, match=r"--checkpoint out/mine/ckpt.pt.*--resume --out_dir out/mine\b"):
         sample.newest_checkpoint()
 
 
