@@ -80,6 +80,7 @@ class Config:
     gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
     init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see model.py)", one_of("gpt2", "fan_in"))
     embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
+    embedding_init: str = setting("random", "first token embeddings: random, or alike if spelled alike", one_of("random", "spelling"))
     init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
                                           "random weights if not given", PATH)  # fmt: skip
 
@@ -180,7 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The same model and budget, learning far more from every token; the README says why each change helps.
     "tuned": dict(
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, dropout=0.0, crops="shuffled",
-        init="fan_in", embedding_std=0.03,
+        init="fan_in", embedding_std=0.03, embedding_init="spelling",
         learning_rate=7e-4, embedding_lr=3.0, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
         beta1=0.85, beta2=0.999, grad_clip=2.0, eval_interval=500, eval_iters=24,
     ),

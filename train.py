@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import Config, Parser, UserError, add_config_flags, clear_partials, notice, one_line, run, whole_file
 from model import GPT, config_of, load_file, load_model, load_weights, save_file
-from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset
+from prepare_data import END_OF_TEXT, load_meta, open_split, prepare, same_dataset, tokenizer
 from sample import pick_device, pick_dtype, stories
 
 # What a resumed run may change, since none of it changes what has been learnt so far.
@@ -230,6 +231,42 @@ def prepared_data(config: Config, typed: dict[str, Any], may_prepare: bool) -> d
             least = config.block_size + 1
             raise UserError(f"the {name} split in {folder} has {split['tokens']} tokens: block_size {config.block_size} needs {least}")
     return meta
+
+
+# What a token's first vector is made of besides its own random one, as shares of its variance.
+SPELLING = {"word": 0.5, "letters": 0.4}
+
+
+def spelling_of(token: bytes) -> dict[str, list[str]]:
+    """A token's word, without case and space, and that word's groups of 3 to 5 letters, its ends marked.
+
+    " Dogs": the word dogs; the groups <do, dog, ogs, gs>, <dog, dogs, ogs>, <dogs, dogs>.
+    """
+    text = token.decode("latin-1")  # a token may be part of a letter only
+    word = text.strip().lower() or text
+    marked = f"<{word}>"
+    return {"word": [word], "letters": [marked[i : i + size] for size in (3, 4, 5) for i in range(max(len(marked) - size, 0) + 1)]}
+
+
+@torch.no_grad()
+def spell(embedding: torch.nn.Embedding) -> None:
+    """Lets the first vectors of GPT-2's tokens (V, C) be alike where their spelling is; their size stays.
+
+    Each becomes a sum of random vectors: its own, its word's (" Dog" and "dog" have the same), and
+    those of its word's letter groups ("dogs" shares some; Bojanowski et al., 2017, section 3.2).
+    """
+    own = embedding.weight.cpu()
+    size = own.square().mean().sqrt()
+    traits = [spelling_of(tokenizer().decode_single_token_bytes(token)) for token in range(len(own))]
+    total = own / size * math.sqrt(1 - sum(SPELLING.values()))
+    for kind, share in SPELLING.items():
+        numbers: dict[str, int] = {}
+        bags = [[numbers.setdefault(trait, len(numbers)) for trait in of[kind]] for of in traits]
+        lengths = torch.tensor([len(bag) for bag in bags])
+        members = torch.tensor([number for bag in bags for number in bag])
+        sums = F.embedding_bag(members, torch.randn(len(numbers), own.size(1)), lengths.cumsum(0) - lengths, mode="sum")
+        total += sums / sums.square().mean(1, keepdim=True).sqrt() * math.sqrt(share)
+    embedding.weight.copy_(total / total.square().mean(1, keepdim=True).sqrt() * size)
 
 
 def should_compile(name: str) -> bool:
@@ -828,6 +865,8 @@ def start(
     run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
     if saved:
         run.restore(saved)
+    elif config.embedding_init == "spelling":
+        spell(run.model.transformer.wte)
     if source:  # with as many of its positions as this context has
         positions = {"transformer.wpe.weight": source.transformer.wpe.weight[: config.block_size]}
         load_weights(run.model, source.state_dict() | positions, "the model to start from")
