@@ -145,7 +145,8 @@ class GPT(nn.Module):
         2019, section 2.3). fan_in: std 1 / sqrt(inputs), which keeps the size of what flows
         through (LeCun et al., 1998, section 4.6), half of that for queries and keys, so that
         attention begins nearly even, and zero for those two projections: every block begins
-        as the identity. Positions begin as waves (`position_waves`).
+        as the identity. Positions begin as waves (`position_waves`). What embedding_init
+        says is done by train.py's `spell`: it takes the tokenizer.
         """
         config = self.config
         if isinstance(module, nn.Embedding):

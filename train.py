@@ -233,42 +233,6 @@ def prepared_data(config: Config, typed: dict[str, Any], may_prepare: bool) -> d
     return meta
 
 
-# What a token's first vector is made of besides its own random one, as shares of its variance.
-SPELLING = {"word": 0.5, "letters": 0.4}
-
-
-def spelling_of(token: bytes) -> dict[str, list[str]]:
-    """A token's word, without case and space, and that word's groups of 3 to 5 letters, its ends marked.
-
-    " Dogs": the word dogs; the groups <do, dog, ogs, gs>, <dog, dogs, ogs>, <dogs, dogs>.
-    """
-    text = token.decode("latin-1")  # a token may be part of a letter only
-    word = text.strip().lower() or text
-    marked = f"<{word}>"
-    return {"word": [word], "letters": [marked[i : i + size] for size in (3, 4, 5) for i in range(max(len(marked) - size, 0) + 1)]}
-
-
-@torch.no_grad()
-def spell(embedding: torch.nn.Embedding) -> None:
-    """Lets the first vectors of GPT-2's tokens (V, C) be alike where their spelling is; their size stays.
-
-    Each becomes a sum of random vectors: its own, its word's (" Dog" and "dog" have the same), and
-    those of its word's letter groups ("dogs" shares some; Bojanowski et al., 2017, section 3.2).
-    """
-    own = embedding.weight.cpu()
-    size = own.square().mean().sqrt()
-    traits = [spelling_of(tokenizer().decode_single_token_bytes(token)) for token in range(len(own))]
-    total = own / size * math.sqrt(1 - sum(SPELLING.values()))
-    for kind, share in SPELLING.items():
-        numbers: dict[str, int] = {}
-        bags = [[numbers.setdefault(trait, len(numbers)) for trait in of[kind]] for of in traits]
-        lengths = torch.tensor([len(bag) for bag in bags])
-        members = torch.tensor([number for bag in bags for number in bag])
-        sums = F.embedding_bag(members, torch.randn(len(numbers), own.size(1)), lengths.cumsum(0) - lengths, mode="sum")
-        total += sums / sums.square().mean(1, keepdim=True).sqrt() * math.sqrt(share)
-    embedding.weight.copy_(total / total.square().mean(1, keepdim=True).sqrt() * size)
-
-
 def should_compile(name: str) -> bool:
     """Whether to torch.compile; auto: where there is a C++ compiler to do it with."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -296,6 +260,46 @@ def lock_folder(folder: Path) -> None:
         raise UserError(f"another train.py is at work in {folder}: name another --out_dir") from None
     except OSError:
         pass  # a file system without locks (some network drives)
+
+
+# ------------------------------------------------------------------------------------------
+# The first embeddings
+
+# What a token's first vector is made of besides its own random one, as shares of its squared
+# length: "dog" and "Dog" begin with a cosine of 0.9, "dog" and "dogs" of 0.16.
+SPELLING = {"word": 0.5, "letters": 0.4}
+
+
+def spelling_of(token: bytes) -> dict[str, list[str]]:
+    """A token's word, without case and space, and that word's groups of 3 to 5 letters, its ends marked.
+
+    " Dogs": the word dogs; the groups <do, dog, ogs, gs>, <dog, dogs, ogs>, <dogs, dogs>.
+    """
+    word = (token.strip().lower() or token).decode("latin-1")  # a token may be a part of a letter only
+    marked = f"<{word}>"
+    return {"word": [word], "letters": [marked[i : i + size] for size in (3, 4, 5) for i in range(len(marked) - size + 1)]}
+
+
+@torch.no_grad()
+def spell(embedding: torch.nn.Embedding) -> None:
+    """Lets those of GPT-2's tokens (V, C) that are spelled alike begin with like vectors: rare ones near their relatives.
+
+    The direction of each becomes a sum of random ones: its own, its word's (the same for " Dog"
+    and "dog"), and those of its word's letter groups ("dogs" has three of "dog"'s six); the
+    length stays. The groups are nearly those of Bojanowski et al., 2017, section 3.2, where they
+    stay part of the vector; here they are where it begins. Draws go on from those of the weights.
+    """
+    own = embedding.weight.cpu()
+    traits = [spelling_of(tokenizer().decode_single_token_bytes(token)) for token in range(len(own))]
+    total = F.normalize(own) * math.sqrt(1 - sum(SPELLING.values()))
+    for kind, share in SPELLING.items():
+        numbers: dict[str, int] = {}  # of the traits, in the order they appear
+        members = torch.tensor([numbers.setdefault(trait, len(numbers)) for of in traits for trait in of[kind]])
+        lengths = torch.tensor([len(of[kind]) for of in traits])
+        vectors = torch.randn(len(numbers), own.size(1))
+        means = F.embedding_bag(members, vectors, lengths.cumsum(0) - lengths)  # of each token's traits
+        total += F.normalize(means) * math.sqrt(share)
+    embedding.weight.copy_(F.normalize(total) * own.norm(dim=1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------------------
@@ -865,11 +869,11 @@ def start(
     run = Run(dataclasses.replace(config, dataset=meta["dataset"]), typed, meta, dtype, Ranks(device))
     if saved:
         run.restore(saved)
-    elif config.embedding_init == "spelling":
-        spell(run.model.transformer.wte)
-    if source:  # with as many of its positions as this context has
+    elif source:  # with as many of its positions as this context has
         positions = {"transformer.wpe.weight": source.transformer.wpe.weight[: config.block_size]}
         load_weights(run.model, source.state_dict() | positions, "the model to start from")
+    elif config.embedding_init == "spelling":
+        spell(run.model.transformer.wte)
     bits = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()  # whole numbers add up the same everywhere
     run.ranks.check_same((run.state.iteration, data_hashes(meta), config.seed, config.max_iters, bits))
     return run

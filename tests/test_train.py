@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import train
 from config import Config, UserError
-from model import GPT, load_model, save_hugging_face
-from prepare_data import prepare
+from model import GPT, load_file, load_model, save_hugging_face
+from prepare_data import prepare, tokenizer
 from sample import pick_device, pick_dtype
 
 TINY = dict(
@@ -281,6 +282,59 @@ def test_a_split_with_few_windows_is_evaluated_on_each_of_them_once():
     config = Config(block_size=16, batch_size=32, eval_iters=4)
     assert train.even_starts(config, 20).tolist() == [0, 1, 2, 3]
     assert train.even_starts(config, 17).tolist() == [0]
+
+
+# ------------------------------------------------------------------------------------------
+# The first embeddings
+
+
+def test_the_spelling_of_a_token():
+    letters = ["<do", "dog", "ogs", "gs>", "<dog", "dogs", "ogs>", "<dogs", "dogs>"]
+    assert train.spelling_of(b" Dogs") == {"word": ["dogs"], "letters": letters}
+    assert train.spelling_of(b" I") == {"word": ["i"], "letters": ["<i>"]}
+    assert train.spelling_of(b"\n")["word"] == ["\n"]
+    assert train.spelling_of(b"\xc3") != train.spelling_of(b"\xe3")  # parts of letters, not letters
+
+
+def test_first_vectors_are_alike_where_the_spelling_is():
+    torch.manual_seed(1)
+    embedding = torch.nn.Embedding(20_000, 128)
+    before = embedding.weight.detach().clone()
+    train.spell(embedding)
+    after = embedding.weight.detach()
+    ids = {tokenizer().decode_single_token_bytes(i).decode("latin-1"): i for i in range(len(after))}
+
+    def alike(pairs: list[tuple[str, str]]) -> float:
+        a, b = (after[[ids[pair[side]] for pair in pairs]] for side in (0, 1))
+        return torch.cosine_similarity(a, b).mean().item()
+
+    nouns = [text for text in ids if re.fullmatch(" [a-z]{4,7}", text) and text + "s" in ids and len(set(text)) == len(text)]
+    assert len(nouns) > 300
+    # A word of n letters has 3n - 3 groups, its plural 3n, and 3n - 6 are in both.
+    lengths = [len(noun.strip()) for noun in nouns]
+    expected = np.mean([0.4 * (3 * n - 6) / math.sqrt((3 * n - 3) * 3 * n) for n in lengths])
+    assert alike([(noun, noun + "s") for noun in nouns]) == pytest.approx(expected, abs=0.02)
+    for form in (str.strip, str.title):
+        assert alike([(noun, form(noun)) for noun in nouns if form(noun) in ids]) == pytest.approx(0.9, abs=0.01)
+    assert abs(alike(list(itertools.pairwise(nouns)))) < 0.05
+    assert torch.cosine_similarity(before, after).mean().item() == pytest.approx(0.1**0.5, abs=0.01)  # the rest is its own
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
+
+
+def test_a_run_begins_with_the_first_vectors_it_is_told(data, tmp_path):
+    plain, run = (new_run(tiny(data, tmp_path, embedding_init=name)) for name in ("random", "spelling"))
+    dog, capital, cat = (tokenizer().encode_ordinary(text)[0] for text in (" dog", " Dog", " cat"))
+    for of, low, high in ((plain, -1, 0.7), (run, 0.7, 1)):
+        rows = of.model.transformer.wte.weight.detach()
+        assert low < torch.cosine_similarity(rows[dog], rows[capital], dim=0) < high
+        assert torch.cosine_similarity(rows[dog], rows[cat], dim=0) < 0.7
+    rest = [{name: p for name, p in weights_of(of).items() if "wte" not in name} for of in (plain, run)]
+    assert same(*rest)
+    source = GPT(run.config)
+    assert same(weights_of(train.start(run.config, {}, None, source)), dict(source.named_parameters()))
+    shake(run)
+    run.save(0.0)
+    assert same(weights_of(train.start(run.config, {}, load_file(run.out_dir / "ckpt.pt"))), weights_of(run))
 
 
 # ------------------------------------------------------------------------------------------
@@ -721,7 +775,7 @@ def test_resume_refuses_what_would_make_another_run_and_lists_it_all(finished):
     [
         ("n_layer", 2), ("n_head", 4), ("block_size", 8), ("bias", "false"), ("gelu", "tanh"), ("gradient_accumulation_steps", 2),
         ("learning_rate", 1.0), ("min_lr", 0.0), ("warmup_iters", 0), ("warmup_start_factor", 0.0), ("weight_decay", 0.0), ("beta1", 0.0),
-        ("beta2", 0.0), ("eps", 1.0), ("grad_clip", 0.0), ("preset", "demo"), ("dataset", "toy"),
+        ("beta2", 0.0), ("eps", 1.0), ("grad_clip", 0.0), ("preset", "demo"), ("dataset", "toy"), ("embedding_init", "spelling"),
     ],
 )  # fmt: skip
 def test_resume_refuses_a_change_of(finished, name, value):
