@@ -260,6 +260,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                raise UserError(f"{unknown[0]!r} belongs to no flag: a value stands behind its flag (--help lists them)")
             raise UserError(f"unknown flag {flag}{nearest(flag, self._option_string_actions)} (--help lists them all)")
         return args
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import Config, UserError, nearest, one_line, whole_file
+from config import Config, UserError, nearest, notice, one_line, whole_file
 
 # ------------------------------------------------------------------------------------------
 # The network
@@ -436,10 +436,14 @@ GELU_NAMES = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", 
 
 def load_hugging_face(path: str) -> GPT:
     """A Hugging Face GPT-2 of any size as our GPT. Raises UserError if it is not one."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, GPT2LMHeadModel, logging
 
     logging.set_verbosity(logging.CRITICAL)  # its table of what does not fit: it is said here, in one line
     logging.disable_progress_bar()
+    if not Path(path).exists():
+        notice(f"there is no {path} here: asking the Hugging Face Hub")
+        hub_logging.set_verbosity_error()  # a line for every time it tries again
     try:
         theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if theirs.model_type != "gpt2":

@@ -524,8 +524,8 @@ def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
             start = time.perf_counter()
             row = meta["splits"][split] = write_split(split, sources[split], path, num_threads, meta["settings"]["clean"])
             if not row["stories"]:
-                hint = "; raise --val_fraction or give --val_dataset" if split == "val" else ""
-                raise UserError(f"{meta['dataset']} is empty: no story for the {split} split{hint}")
+                hint = ", or too small for this --val_fraction: raise it or give --val_dataset" if split == "val" else ""
+                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty{hint}")
             seconds = time.perf_counter() - start
             table.append(f"{split:5} {row['stories']:10,} {row['empty']:7,} {row['tokens']:12,} {row['bytes'] / row['tokens']:11.3f} "
                          f"{seconds:8.1f} {row['tokens'] / seconds:11,.0f}")  # fmt: skip

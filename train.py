@@ -178,7 +178,8 @@ def plan_run(typed: dict[str, Any], mode: str) -> tuple[Config, dict[str, Any], 
     settings = typed | architecture(source.config, typed["init_from"], typed) if source else typed
     config = Config.from_preset(**settings)
     if mode == "resume":
-        notice(f"there is no {path} yet: starting from the beginning")
+        others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
+        notice(f"there is no {path} yet: starting from the beginning" + (f" (runs to resume: {others})" if others else ""))
     return config, settings, None, source
 
 
@@ -640,6 +641,7 @@ def draw_curves(path: Path, config: Config, log: list[dict[str, float]]) -> None
     losses.grid(alpha=0.3)
     steps = np.unique(np.linspace(0, at[-1] - 1, 500).astype(int))
     rate.plot(steps, [learning_rate_at(config, int(i)) for i in steps], color="tab:green")
+    rate.plot(at, [row["learning_rate"] for row in log], "o", markersize=3, color="tab:green")  # off the line where a longer run is resumed
     rate.set_ylabel("learning rate")
     rate.set_xlabel("iteration")
     rate.grid(alpha=0.3)
@@ -837,13 +839,15 @@ def finish(run: Run) -> None:
     split = run.meta["splits"]["val"]
     best = load_file(path)
     load_weights(run.model, best["model"], path)
+    if run.ranks.rank == 0:
+        draw_curves(plot_path(run.config), run.config, run.state.log)
+        notice(f"wrote {path} (the best weights, iteration {best['iteration']:,}) and {plot_path(run.config)}")
+        notice(f"scoring it on the whole validation split ({split['tokens']:,} tokens):")
     line = score(run)
     if run.ranks.rank != 0:
         return
-    draw_curves(plot_path(run.config), run.config, run.state.log)
-    notice(f"the whole validation split ({split['tokens']:,} tokens), with the best weights (iteration {best['iteration']:,}):")
     notice(line)
-    notice(f"wrote {path} and {plot_path(run.config)}; a story from it:\n")
+    notice("a story from it:\n")
     prompt = "Once upon a time"
     with torch.compiler.set_stance("force_eager"):  # every step of a story has a shape of its own
         print(prompt + "".join(stories(run.model.eval(), prompt, max_new_tokens=150, seed=run.config.seed)))

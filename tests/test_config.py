@@ -249,6 +249,10 @@ def test_abbreviated_flags_are_refused(abbreviation):
     assert f"unknown flag {abbreviation.split()[0].split('=')[0]}" in refused(*abbreviation.split())
 
 
+def test_a_value_without_a_flag_is_not_called_a_flag():
+    assert "'One day' belongs to no flag" in refused("One day")
+
+
 @pytest.mark.parametrize("argv", ["--max_iters", "--preset", "--out_dir --resume", "stray", "--resume=true", "--preset tuneddd"])
 def test_a_malformed_command_line_is_one_line(argv):
     assert argv.split()[0].split("=")[0].lstrip("-") in refused(*argv.split())

@@ -766,9 +766,19 @@ def test_constants_edited_in_config_py_since_are_named_in_one_line(interrupted, 
 
 
 def test_without_a_checkpoint_resume_begins_and_says_so(place, whole):
-    result = place.begin("--resume").wait()
-    assert result.status == 0 and "starting from the beginning" in result.err
+    other = place.folder / "out" / "demo" / "ckpt.pt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    result = place.begin("--resume", hooks=(functools.partial(os.chdir, place.folder),)).wait()
+    assert result.status == 0 and "starting from the beginning (runs to resume: out/demo)" in result.err
     check_equal(place.out, whole)
+
+
+def test_stopped_in_the_last_scoring_a_run_has_all_its_files_and_says_so(place):
+    result = place.begin(hooks=(at("Run.whole_split_loss", 1, signal_self, signal.SIGINT),)).wait()
+    assert result.status == 130 and f"wrote {place.out / 'model.pt'}" in result.err and "Traceback" not in result.err
+    assert {"model.pt", "log.csv", "ckpt.pt"} <= files_of(place.out).keys() and (place.folder / "out.png").exists()
+    assert "is finished" in place.resume_to_the_end().err
 
 
 def test_a_finished_run_says_so_and_is_left_alone(whole, tmp_path):
