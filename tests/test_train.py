@@ -650,13 +650,23 @@ def test_the_plot_is_a_png_with_something_in_it(finished):
 
 
 def test_only_the_reference_preset_has_the_published_curve_behind_it(tmp_path):
-    log = [dict(iteration=i, train_loss=9.0, val_loss=9.1) for i in (500, 1000)]
+    log = [dict(iteration=i, train_loss=9.0, val_loss=9.1, learning_rate=1e-4) for i in (500, 1000)]
     pictures = []
     for preset in ("reference", "demo"):
         config = Config(preset=preset, out_dir=str(tmp_path), max_iters=1000)
         train.draw_curves(tmp_path / f"{preset}.png", config, log)
         pictures.append((tmp_path / f"{preset}.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_the_plot_shows_the_rates_that_were_used(tmp_path):
+    """After a resume with another max_iters they are not those of the schedule."""
+    pictures = set()
+    for rate in (1e-4, 2e-4):
+        log = [dict(iteration=i, train_loss=9.0, val_loss=9.1, learning_rate=rate) for i in (500, 1000)]
+        train.draw_curves(tmp_path / "curve.png", Config(out_dir=str(tmp_path), max_iters=1000), log)
+        pictures.add((tmp_path / "curve.png").read_bytes())
+    assert len(pictures) == 2
 
 
 def test_the_published_curve_is_the_reference_runs():
