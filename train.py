@@ -834,15 +834,14 @@ def score_only(typed: dict[str, Any]) -> None:
 
 
 def finish(run: Run) -> None:
-    """The whole validation split scored with the best weights, the plot, a short story."""
+    """The plot, the best weights scored on the whole validation split, a short story."""
     path = run.out_dir / "model.pt"
-    split = run.meta["splits"]["val"]
     best = load_file(path)
     load_weights(run.model, best["model"], path)
     if run.ranks.rank == 0:
         draw_curves(plot_path(run.config), run.config, run.state.log)
         notice(f"wrote {path} (the best weights, iteration {best['iteration']:,}) and {plot_path(run.config)}")
-        notice(f"scoring it on the whole validation split ({split['tokens']:,} tokens):")
+        notice(f"scoring it on the whole validation split ({run.meta['splits']['val']['tokens']:,} tokens):")
     line = score(run)
     if run.ranks.rank != 0:
         return

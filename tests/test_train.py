@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import train
 from config import Config, UserError
@@ -129,15 +129,20 @@ def rows_of(log: Path) -> list[dict[str, float]]:
 
 
 def pytorch_rates(config: Config, count: int) -> list[float]:
-    """The rates of the first `count` iterations, by the schedulers the reference run used."""
+    """The rates of the first `count` iterations, by PyTorch's schedulers; the reference run used those of the cosine."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
-    cosine = CosineAnnealingLR(optimizer, config.decay_iters - config.warmup_iters, eta_min=config.min_lr)
-    scheduler = cosine
-    if config.warmup_iters:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
-        linear = LinearLR(optimizer, config.warmup_start_factor, total_iters=config.warmup_iters)
-        cosine = CosineAnnealingLR(optimizer, config.decay_iters - config.warmup_iters, eta_min=config.min_lr)
-        scheduler = SequentialLR(optimizer, [linear, cosine], [config.warmup_iters])
+
+    def decay() -> LRScheduler:
+        length = config.decay_iters - config.warmup
+        if config.lr_schedule == "linear":
+            return LinearLR(optimizer, 1.0, config.min_lr / config.learning_rate, total_iters=length)
+        return CosineAnnealingLR(optimizer, length, eta_min=config.min_lr)
+
+    if config.warmup:
+        linear = LinearLR(optimizer, config.warmup_start_factor, total_iters=config.warmup)
+        scheduler = SequentialLR(optimizer, [linear, decay()], [config.warmup])
+    else:
+        scheduler = decay()
     rates = []
     for _ in range(count):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -148,9 +153,13 @@ def pytorch_rates(config: Config, count: int) -> list[float]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"min_lr": 0.0}, {"warmup_iters": 0}, {"warmup_iters": 1}, {"lr_decay_iters": 20_000}, {"warmup_start_factor": 1.0}],
+    [
+        {}, {"min_lr": 0.0}, {"warmup_iters": 0}, {"warmup_iters": 1}, {"lr_decay_iters": 20_000}, {"warmup_start_factor": 1.0},
+        {"lr_schedule": "linear", "learning_rate": 1e-3},
+        {"lr_schedule": "linear", "learning_rate": 7e-4, "min_lr": 5e-5, "warmup_iters": None},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_learning_rate_is_pytorchs_at_every_one_of_10_000_iterations(changes):
     config = Config(**changes)
     ours = [train.learning_rate_at(config, i) for i in range(10_000)]
@@ -259,6 +268,17 @@ def test_crops_are_spread_evenly():
     config = Config(block_size=16, batch_size=1000)
     counts = np.bincount(np.concatenate([train.crop_starts(config, i, 26) for i in range(10)]), minlength=10)
     assert len(counts) == 10 and (abs(counts - 1000) < 5 * math.sqrt(1000)).all()
+
+
+def test_shuffled_crops_take_every_window_once_before_any_twice():
+    config, length = Config(crops="shuffled", block_size=16, batch_size=8, seed=2), 16 * 40 + 7
+    starts = np.concatenate([train.crop_starts(config, i, length) for i in range(10)])  # 39 windows: the fifth batch is of two epochs
+    first, second = starts[:39], starts[39:78]
+    for epoch in (first, second):
+        assert (np.diff(np.sort(epoch)) == 16).all()  # side by side
+        assert epoch.min() >= 0 and epoch.max() + 16 < length  # and their targets are there
+        assert (np.diff(epoch) != 16).any()  # in no order
+    assert first.min() != second.min() and not np.array_equal(np.argsort(first), np.argsort(second))
 
 
 def test_y_is_x_shifted_by_one(data):
@@ -396,8 +416,9 @@ def test_without_clipping_the_gradient_is_left_as_it_is(data, tmp_path):
     assert (run.model.get_parameter(name) - expected[name]).abs().max() < 1e-3 * moved
 
 
-def test_decay_pulls_matrices_and_embeddings_but_no_bias_or_layernorm(data, tmp_path):
-    run = new_run(tiny(data, tmp_path, weight_decay=0.5))
+@pytest.mark.parametrize("multiple", [1.0, 3.0])
+def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layernorm(data, tmp_path, multiple):
+    run = new_run(tiny(data, tmp_path, weight_decay=0.5, embedding_lr=multiple))
     for p in run.model.parameters():
         p.data.add_(1.0)
         p.grad = torch.zeros_like(p)  # then AdamW does nothing but decay
@@ -405,7 +426,8 @@ def test_decay_pulls_matrices_and_embeddings_but_no_bias_or_layernorm(data, tmp_
     run.step(learning_rate=0.1)
     for name, p in run.model.named_parameters():
         spared = name.endswith(".bias") or ".ln_" in name
-        torch.testing.assert_close(p.detach(), before[name] * (1.0 if spared else 1 - 0.1 * 0.5), msg=name)
+        rate = 0.1 * (multiple if name in ("transformer.wte.weight", "transformer.wpe.weight") else 1.0)
+        torch.testing.assert_close(p.detach(), before[name] * (1.0 if spared else 1 - rate * 0.5), msg=name)
 
 
 def test_dropout_is_a_function_of_seed_and_place(data, tmp_path):
