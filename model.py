@@ -184,10 +184,6 @@ class GPT(nn.Module):
             return F.linear(x, self.transformer.wte.weight)
         return head_loss(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), self.head_gradient)
 
-    def next_logits(self, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Reads idx (B, T) behind what the cache holds; the logits (B, V) of the token to come."""
-        return F.linear(self.features(idx, cache)[:, -1], self.transformer.wte.weight)
-
     def compile_parts(self) -> None:
         """torch.compile what repeats: the block (once for all of them) and the head's softmax."""
         for block in self.transformer.h:
@@ -279,7 +275,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor):
         dx, dw = ctx.saved_tensors
         factor = grad_loss * ctx.factor
-        return (dx * factor).to(dx.dtype), dw * factor, None, None, None, None
+        return dx.mul_(factor), dw.mul_(factor), None, None, None, None  # in place: they are needed once, and are large
 
 
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient_of: HeadGradient = head_gradient) -> torch.Tensor:
@@ -323,10 +319,13 @@ def generate(
     size = model.config.block_size
     window = prompt[:, -size:]
     cache = Cache(model.config, len(prompt), prompt.device, model.transformer.wte.weight.dtype)
+    head = model.transformer.wte.weight.t()
+    if head.dtype == torch.float32 and head.device.type == "cpu":
+        head = head.contiguous()  # one row of features times it takes less than half the time then
     finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     unread = window
     for _ in range(max_new_tokens):
-        token = pick(model.next_logits(unread, cache), temperature, top_k, generator)
+        token = pick(model.features(unread, cache)[:, -1] @ head, temperature, top_k, generator)
         if stop_token is not None:
             token = torch.where(finished, stop_token, token)
             finished |= token == stop_token
