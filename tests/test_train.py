@@ -416,9 +416,28 @@ def test_without_clipping_the_gradient_is_left_as_it_is(data, tmp_path):
     assert (run.model.get_parameter(name) - expected[name]).abs().max() < 1e-3 * moved
 
 
-@pytest.mark.parametrize("multiple", [1.0, 3.0])
-def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layernorm(data, tmp_path, multiple):
-    run = new_run(tiny(data, tmp_path, weight_decay=0.5, embedding_lr=multiple))
+VECTORS = ("wte.weight", "wpe.weight", ".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+
+
+def rate_of(name: str, config: Config) -> float:
+    """A parameter's rate, as a multiple of the learning rate, by its name."""
+    return config.vector_lr if name.endswith(VECTORS) else config.mlp_out_lr if name.endswith("mlp.c_proj.weight") else 1.0
+
+
+@pytest.mark.parametrize("rates", [{}, {"vector_lr": 3.0}, {"mlp_out_lr": 2.0}, {"vector_lr": 3.0, "mlp_out_lr": 2.0}], ids=str)
+def test_each_kind_of_parameter_moves_at_its_rate(data, tmp_path, rates):
+    run = new_run(tiny(data, tmp_path, weight_decay=0.0, grad_clip=0.0, **rates))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for p in run.model.parameters():
+        p.grad = torch.ones_like(p)
+    run.step(learning_rate=0.1)
+    for name, p in run.model.named_parameters():  # AdamW's first step is the rate, whatever the gradient's size
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, 0.1 * rate_of(name, run.config)), msg=name)
+
+
+@pytest.mark.parametrize("rates", [{}, {"vector_lr": 3.0, "mlp_out_lr": 2.0}], ids=str)
+def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layernorm(data, tmp_path, rates):
+    run = new_run(tiny(data, tmp_path, weight_decay=0.5, **rates))
     for p in run.model.parameters():
         p.data.add_(1.0)
         p.grad = torch.zeros_like(p)  # then AdamW does nothing but decay
@@ -426,7 +445,7 @@ def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layern
     run.step(learning_rate=0.1)
     for name, p in run.model.named_parameters():
         spared = name.endswith(".bias") or ".ln_" in name
-        rate = 0.1 * (multiple if name in ("transformer.wte.weight", "transformer.wpe.weight") else 1.0)
+        rate = 0.1 * rate_of(name, run.config)
         torch.testing.assert_close(p.detach(), before[name] * (1.0 if spared else 1 - rate * 0.5), msg=name)
 
 

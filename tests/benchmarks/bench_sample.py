@@ -1,4 +1,4 @@
-"""Sampling speed: `python -m tests.benchmarks.bench_sample [--repeats N]`.
+"""Sampling speed: `python -m tests.benchmarks.bench_sample [--repeats N] [--dtype D]`.
 
 Tokens drawn by our `generate` and by Hugging Face's, with the same weights, and how long
 `sample.py` takes to its first token. The ceiling is the time to multiply one vector with every matrix.
@@ -89,10 +89,12 @@ def first_token(path: Path, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--dtype", default="auto", help="ours and the ceiling: bfloat16, float16, float32 or auto (the fastest)")
+    args = parser.parse_args()
+    repeats = args.repeats
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    fast = pick_dtype("auto", torch.device(device))
+    fast = pick_dtype(args.dtype, torch.device(device))
     name = str(fast).removeprefix("torch.")
     contenders = {
         "ours": functools.partial(ours, device, fast),
@@ -100,7 +102,7 @@ def main() -> None:
         f"Hugging Face, {name}": functools.partial(hugging_face, device, fast),
         f"matrix products alone, {name}": functools.partial(products, device, fast),
     }
-    if fast == torch.float32:  # a processor without bfloat16: the default again
+    if fast == torch.float32:  # the default again
         del contenders["Hugging Face, float32"]
     timings = measure(contenders, repeats, cuda)
     works = (f"1 story, {NEW} tokens", f"16 stories, {NEW} tokens", f"1 story, {ACROSS} tokens")

@@ -1,4 +1,4 @@
-"""Training speed and memory: `python -m tests.benchmarks.bench_train [--repeats N] [--batch_size N]`.
+"""Training speed and memory: `python -m tests.benchmarks.bench_train [--repeats N] [--batch_size N] [--dtype D]`.
 
 An iteration of the reference recipe (forward, loss, backward; dropout on) by our loop and by what
 a user would run instead, against the matrix products of that iteration alone: the ceiling.
@@ -27,10 +27,11 @@ def random_batch(config: Config, device: str) -> tuple[torch.Tensor, torch.Tenso
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def ours(batch_size: int, device: str, folder: str) -> Works:
+def ours(batch_size: int, device: str, dtype: str, folder: str) -> Works:
     """train.py with its defaults, on the toy corpus."""
     prepare("toy", f"{folder}/data")
-    config = Config(batch_size=batch_size, device=device, data_dir=f"{folder}/data", out_dir=f"{folder}/out", plot_dir=folder)
+    places = dict(data_dir=f"{folder}/data", out_dir=f"{folder}/out", plot_dir=folder)
+    config = Config(batch_size=batch_size, device=device, dtype=dtype, **places)
     run = train.start(config, {}, None)
     run.out_dir.mkdir()
     split = run.splits["train"]
@@ -117,21 +118,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=32, help="sequences of 128 tokens in an iteration; a large GPU wants 256 or more")
+    parser.add_argument("--dtype", default="auto", help="ours and the ceiling: bfloat16, float16, float32 or auto (the fastest)")
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
-    fast = pick_dtype("auto", torch.device(device))
+    fast = pick_dtype(args.dtype, torch.device(device))
     name = str(fast).removeprefix("torch.")
     setup = functools.partial
     folder = tempfile.TemporaryDirectory()
     contenders = {
-        "ours": setup(ours, args.batch_size, device, folder.name),
+        "ours": setup(ours, args.batch_size, device, args.dtype, folder.name),
         "Hugging Face, float32 (its default)": setup(hugging_face, args.batch_size, device, torch.float32),
         f"Hugging Face, {name} autocast": setup(hugging_face, args.batch_size, device, fast),
         "full logits, float32": setup(full_logits, args.batch_size, device, torch.float32, False),
         f"full logits, {name} autocast": setup(full_logits, args.batch_size, device, fast, False),
         f"matrix products alone, {name}": setup(products, args.batch_size, device, fast),
     }
-    if fast == torch.float32:  # a processor without bfloat16: there is nothing to cast to
+    if fast == torch.float32:  # nothing to cast to
         contenders = {key: contender for key, contender in contenders.items() if "autocast" not in key}
     if cuda:
         contenders[f"full logits, {name}, compiled"] = setup(full_logits, args.batch_size, device, fast, True)
