@@ -106,8 +106,10 @@ class Config:
     warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate", between(0, 1))
     lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; max_iters if not given", at_least(1))
 
-    vector_lr: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a multiple of the matrices'", at_least(0))
-    mlp_out_lr: float = setting(1.0, "rate of the MLP's second matrix, as a multiple of the other matrices'", at_least(0))
+    # Rates of single kinds of parameters, as multiples of that.
+    embedding_lr: float = setting(1.0, "the embeddings' rate, as a multiple of the matrices'", at_least(0))
+    vector_lr: float = setting(1.0, "the biases' and LayerNorms' rate, as a multiple of the matrices'", at_least(0))
+    mlp_out_lr: float = setting(1.0, "the rate of the MLP's second matrix, as a multiple of the other matrices'", at_least(0))
 
     # The optimizer: AdamW. The reference decayed every parameter; biases and LayerNorms
     # are left alone here, since pulling a scale of one towards zero regularizes nothing.
@@ -183,8 +185,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tuned": dict(
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, dropout=0.0, crops="shuffled",
         init="fan_in", embedding_std=0.03, embedding_init="spelling",
-        learning_rate=7e-4, vector_lr=3.0, mlp_out_lr=2.0, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
-        beta1=0.85, beta2=0.999, grad_clip=2.0, eval_interval=500, eval_iters=24,
+        learning_rate=7e-4, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
+        embedding_lr=3.0, vector_lr=3.0, mlp_out_lr=2.0, beta1=0.85, beta2=0.999, grad_clip=2.0,
+        eval_interval=500, eval_iters=24,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model on the toy corpus.
     "demo": dict(

@@ -597,20 +597,17 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
     A group's `multiple` is its rate as a multiple of the learning rate.
     """
-
-    def kind_of(name: str, p: torch.nn.Parameter) -> tuple[float, float]:
-        """A parameter's weight decay and multiple."""
-        if p.dim() == 1:
-            return 0.0, config.vector_lr
-        if "wte" in name or "wpe" in name:
-            return config.weight_decay, config.vector_lr
-        return config.weight_decay, config.mlp_out_lr if name.endswith("mlp.c_proj.weight") else 1.0
-
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        groups.setdefault(kind_of(name, p), []).append(p)
-    named = [{"params": params, "weight_decay": decay, "multiple": multiple} for (decay, multiple), params in groups.items()]
-    return torch.optim.AdamW(named, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    blocks = [p for block in model.transformer.h for p in block.parameters()] + [*model.transformer.ln_f.parameters()]
+    mlp_out = [block.mlp.c_proj.weight for block in model.transformer.h]
+    matrices = [p for p in blocks if p.dim() == 2 and not any(p is other for other in mlp_out)]
+    groups = [
+        {"params": embeddings, "weight_decay": config.weight_decay, "multiple": config.embedding_lr},
+        {"params": matrices, "weight_decay": config.weight_decay, "multiple": 1.0},
+        {"params": mlp_out, "weight_decay": config.weight_decay, "multiple": config.mlp_out_lr},
+        {"params": [p for p in blocks if p.dim() == 1], "weight_decay": 0.0, "multiple": config.vector_lr},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def data_hashes(meta: dict[str, Any]) -> dict[str, str]:

@@ -425,11 +425,14 @@ def test_a_hugging_face_folder_whose_weights_do_not_fit_is_one_line(tmp_path):
     assert "gpt2" in the_error(done.stderr)
 
 
+SLOW = {"transformers", "datasets", "matplotlib", "huggingface_hub", "pandas", "pyarrow", "scipy", "torch._dynamo"}
+
+
 def test_help_says_every_flag_and_imports_nothing_slow_besides_torch():
     # Python tells every import on stderr: what is there says more than a clock, which other work disturbs.
     done = subprocess.run([sys.executable, "-X", "importtime", SAMPLE, "--help"], capture_output=True, text=True, timeout=60)
     imports = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "torch" in imports and not {"transformers", "datasets", "matplotlib", "torch._dynamo"} & imports
+    assert "torch" in imports and not SLOW & imports
     assert done.returncode == 0 and all(line.startswith("import time:") for line in done.stderr.splitlines())
     told = {
         entry.split()[0]: bool(re.search("default: |if not given", " ".join(entry.split()))) for entry in done.stdout.split("\n  --")[1:]

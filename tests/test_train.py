@@ -277,7 +277,7 @@ def test_shuffled_crops_take_every_window_once_before_any_twice():
     for epoch in (first, second):
         assert (np.diff(np.sort(epoch)) == 16).all()  # side by side
         assert epoch.min() >= 0 and epoch.max() + 16 < length  # and their targets are there
-        assert (np.diff(epoch) != 16).any()  # in no order
+        assert (np.diff(epoch) != 16).mean() > 0.5  # in no order
     assert first.min() != second.min() and not np.array_equal(np.argsort(first), np.argsort(second))
 
 
@@ -416,15 +416,19 @@ def test_without_clipping_the_gradient_is_left_as_it_is(data, tmp_path):
     assert (run.model.get_parameter(name) - expected[name]).abs().max() < 1e-3 * moved
 
 
-VECTORS = ("wte.weight", "wpe.weight", ".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+KINDS = {
+    "embedding_lr": ("wte.weight", "wpe.weight"),
+    "vector_lr": (".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight"),
+    "mlp_out_lr": ("mlp.c_proj.weight",),
+}
 
 
 def rate_of(name: str, config: Config) -> float:
     """A parameter's rate, as a multiple of the learning rate, by its name."""
-    return config.vector_lr if name.endswith(VECTORS) else config.mlp_out_lr if name.endswith("mlp.c_proj.weight") else 1.0
+    return next((getattr(config, kind) for kind, ends in KINDS.items() if name.endswith(ends)), 1.0)
 
 
-@pytest.mark.parametrize("rates", [{}, {"vector_lr": 3.0}, {"mlp_out_lr": 2.0}, {"vector_lr": 3.0, "mlp_out_lr": 2.0}], ids=str)
+@pytest.mark.parametrize("rates", [{}, {"embedding_lr": 3.0, "vector_lr": 4.0, "mlp_out_lr": 2.0}], ids=str)
 def test_each_kind_of_parameter_moves_at_its_rate(data, tmp_path, rates):
     run = new_run(tiny(data, tmp_path, weight_decay=0.0, grad_clip=0.0, **rates))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -435,7 +439,7 @@ def test_each_kind_of_parameter_moves_at_its_rate(data, tmp_path, rates):
         torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, 0.1 * rate_of(name, run.config)), msg=name)
 
 
-@pytest.mark.parametrize("rates", [{}, {"vector_lr": 3.0, "mlp_out_lr": 2.0}], ids=str)
+@pytest.mark.parametrize("rates", [{}, {"embedding_lr": 3.0, "vector_lr": 4.0, "mlp_out_lr": 2.0}], ids=str)
 def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layernorm(data, tmp_path, rates):
     run = new_run(tiny(data, tmp_path, weight_decay=0.5, **rates))
     for p in run.model.parameters():
@@ -734,7 +738,7 @@ def test_model_pt_is_the_best_by_validation_loss_and_ckpt_pt_the_last(data, tmp_
 # Going on
 
 
-LONG = TINY | dict(max_iters=24, lr_decay_iters=24, eval_interval=8)
+LONG = TINY | dict(max_iters=24, lr_decay_iters=24, eval_interval=8, embedding_lr=3.0, vector_lr=2.0, mlp_out_lr=0.5)
 
 
 @pytest.fixture(scope="session")
@@ -827,6 +831,7 @@ def test_resume_refuses_what_would_make_another_run_and_lists_it_all(finished):
         ("n_layer", 2), ("n_head", 4), ("block_size", 8), ("bias", "false"), ("gelu", "tanh"), ("gradient_accumulation_steps", 2),
         ("learning_rate", 1.0), ("min_lr", 0.0), ("warmup_iters", 0), ("warmup_start_factor", 0.0), ("weight_decay", 0.0), ("beta1", 0.0),
         ("beta2", 0.0), ("eps", 1.0), ("grad_clip", 0.0), ("preset", "demo"), ("dataset", "toy"), ("embedding_init", "spelling"),
+        ("embedding_lr", 2.0), ("vector_lr", 2.0), ("mlp_out_lr", 2.0),
     ],
 )  # fmt: skip
 def test_resume_refuses_a_change_of(finished, name, value):

@@ -16,8 +16,7 @@ import torch
 
 from config import Config
 from model import GPT, generate, save_file, to_hugging_face
-from sample import pick_dtype
-from tests.benchmarks.harness import Works, machine, measure, show
+from tests.benchmarks.harness import Works, add_dtype_flag, dtype_of, machine, measure, show
 
 NEW, ACROSS = 120, 300  # new tokens that fit the context of 128, and that do not
 PROMPT = [7454, 2402, 257, 640]  # "Once upon a time"
@@ -61,7 +60,7 @@ def products(device: str, dtype: torch.dtype) -> Works:
     model = GPT(Config()).to(device, dtype)
     matrices = [module.weight.t() for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = model.transformer.wte.weight.detach().t()
-    matrices.append(head.contiguous() if dtype == torch.float32 else head)  # whichever is faster
+    matrices.append(head.contiguous() if dtype == torch.float32 and device == "cpu" else head)  # as generate does
     vectors = {width: torch.randn(1, width, device=device).to(dtype) for width in {len(m) for m in matrices}}
 
     def work() -> None:
@@ -89,12 +88,12 @@ def first_token(path: Path, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", default="auto", help="ours and the ceiling: bfloat16, float16, float32 or auto (the fastest)")
+    add_dtype_flag(parser)
     args = parser.parse_args()
     repeats = args.repeats
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    fast = pick_dtype(args.dtype, torch.device(device))
+    fast = dtype_of(args.dtype, device, parser)
     name = str(fast).removeprefix("torch.")
     contenders = {
         "ours": functools.partial(ours, device, fast),

@@ -15,8 +15,7 @@ import train
 from config import Config
 from model import CHUNK, GPT, to_hugging_face
 from prepare_data import prepare
-from sample import pick_dtype
-from tests.benchmarks.harness import Works, machine, measure, show
+from tests.benchmarks.harness import Works, add_dtype_flag, dtype_of, machine, measure, show
 
 # Dense matrix products of 16-bit numbers, TFLOP/s, from the makers' data sheets.
 PUBLISHED_PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
@@ -118,10 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=32, help="sequences of 128 tokens in an iteration; a large GPU wants 256 or more")
-    parser.add_argument("--dtype", default="auto", help="ours and the ceiling: bfloat16, float16, float32 or auto (the fastest)")
+    add_dtype_flag(parser)
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
-    fast = pick_dtype(args.dtype, torch.device(device))
+    fast = dtype_of(args.dtype, device, parser)
     name = str(fast).removeprefix("torch.")
     setup = functools.partial
     folder = tempfile.TemporaryDirectory()
@@ -139,10 +138,10 @@ def main() -> None:
         contenders[f"full logits, {name}, compiled"] = setup(full_logits, args.batch_size, device, fast, True)
     with folder:
         timings = measure(contenders, args.repeats, cuda)
-    report(timings, args.batch_size, cuda)
+    report(timings, args.batch_size, cuda, fast)
 
 
-def report(timings: dict, batch_size: int, cuda: bool) -> None:
+def report(timings: dict, batch_size: int, cuda: bool, dtype: torch.dtype) -> None:
     config = Config(batch_size=batch_size)
     # 6 floating-point operations a parameter and token (Kaplan et al., 2020): the tied embedding counts once, as the head.
     with torch.device("meta"):
@@ -162,7 +161,7 @@ def report(timings: dict, batch_size: int, cuda: bool) -> None:
     columns = ["", "median", "spread", "tokens/s", "time, ours 1", "peak memory", "of ceiling"]
     show(f"An iteration of {config.tokens_per_iteration:,} tokens, {speed}", columns, rows)
     peak = next((peak for card, peak in PUBLISHED_PEAK.items() if cuda and card in torch.cuda.get_device_name()), None)
-    if peak:
+    if peak and dtype != torch.float32:
         print(f"\nours: {flops / ours.median / 1e12 / peak:.1%} of the published dense peak, {peak} TFLOP/s")
     # What train.py does besides iterations, as a share of what it accompanies.
     batch, step, zero, score, write = (

@@ -4,6 +4,7 @@ A contender is a function that sets up and returns its works, `{name: function}`
 fresh process, since allocators and thread pools are a process's own.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from config import UserError
+from sample import pick_dtype
 
 Works = dict[str, Callable[[], Any]]
 MIB = 1 << 20
@@ -132,6 +136,19 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     print(f"\n{title}\n")
     for row in [columns, ["-" * width for width in widths], *rows]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    names = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="auto", choices=names, help="of all but the rows of float32; auto: the fastest there is")
+
+
+def dtype_of(name: str, device: str, parser: argparse.ArgumentParser) -> torch.dtype:
+    """The precision `--dtype` names; one that the device does not have ends the program in a line."""
+    try:
+        return pick_dtype(name, torch.device(device))
+    except UserError as problem:
+        parser.error(str(problem))
 
 
 def machine(cuda: bool = False) -> str:
