@@ -275,7 +275,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor):
         dx, dw = ctx.saved_tensors
         factor = grad_loss * ctx.factor
-        return dx.mul_(factor), dw.mul_(factor), None, None, None, None  # in place: they are needed once, and are large
+        return (dx * factor).to(dx.dtype), dw * factor, None, None, None, None
 
 
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient_of: HeadGradient = head_gradient) -> torch.Tensor:
