@@ -391,15 +391,30 @@ def generated(model: GPT, prompt: torch.Tensor, count: int, **settings) -> list[
     return torch.stack(steps, dim=1).tolist()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "block_size, prompt_length", [(16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9)]
 )
-def test_cached_greedy_generation_equals_uncached(block_size, prompt_length):
+def test_cached_greedy_generation_equals_uncached(block_size, prompt_length, batch):
     model = shaken(dataclasses.replace(TINY, block_size=block_size), std=0.4)
-    prompts = random_ids(model.config, batch=3, length=prompt_length)
+    prompts = random_ids(model.config, batch, prompt_length)
     rows = generated(model, prompts, 50, temperature=0)
     assert rows == [plain_greedy(model, prompt, 50) for prompt in prompts.tolist()]
-    assert block_size == 1 or max(len(set(row)) for row in rows) > 3, "a story of a few tokens proves little"
+    assert batch == 1 or block_size == 1 or max(len(set(row)) for row in rows) > 3, "a story of a few tokens proves little"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.inference_mode()
+def test_logits_of_a_single_bfloat16_row_are_those_of_float32_and_onednn_stays_as_it_was(monkeypatch, enabled):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    model, ids = shaken(Config(n_layer=2)), random_ids(Config(), 1, 20)
+    expected = model(ids)[:, -1]
+    model = model.to(torch.bfloat16)
+    cache = model_module.Cache(model.config, 1, ids.device, torch.bfloat16)
+    for token in ids.split(1, dim=1):
+        logits = model_module.next_logits(model, token, cache, model.transformer.wte.weight.t())
+        assert torch.backends.mkldnn.enabled == enabled
+    assert distance(logits, expected) < 1.5 * distance(model(ids)[:, -1], expected)
 
 
 def test_generation_of_nothing_yields_nothing():

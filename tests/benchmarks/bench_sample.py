@@ -60,10 +60,11 @@ def products(device: str, dtype: torch.dtype) -> Works:
     model = GPT(Config()).to(device, dtype)
     matrices = [module.weight.t() for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = model.transformer.wte.weight.detach().t()
-    matrices.append(head.contiguous() if dtype == torch.float32 and device == "cpu" else head)  # as generate does
+    matrices.append(head.contiguous() if dtype == torch.float32 and device == "cpu" else head)  # as in generate
     vectors = {width: torch.randn(1, width, device=device).to(dtype) for width in {len(m) for m in matrices}}
 
     def work() -> None:
+        torch.backends.mkldnn.enabled = False  # for a single row, as in generate
         with torch.inference_mode():
             for _ in range(NEW):
                 for matrix in matrices:
