@@ -78,7 +78,7 @@ class Config:
     dropout: float = setting(0.1, "share of activations dropped in training", below_one())
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
-    init: str = setting("gpt2", "first weights: std 0.02 everywhere, or fitted to each matrix (see model.py)", one_of("gpt2", "fan_in"))
+    init: str = setting("gpt2", "first weights: GPT-2's, or fitted to each matrix (see model.py)", one_of("gpt2", "fan_in"))
     embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
     embedding_init: str = setting("random", "first token embeddings: random, or alike if spelled alike", one_of("random", "spelling"))
     init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
@@ -187,7 +187,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         init="fan_in", embedding_std=0.03, embedding_init="spelling",
         learning_rate=7e-4, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
         embedding_lr=3.0, vector_lr=3.0, mlp_out_lr=2.0, beta1=0.85, beta2=0.999, grad_clip=2.0,
-        eval_interval=500, eval_iters=24,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model on the toy corpus.
     "demo": dict(

@@ -597,16 +597,18 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
     A group's `multiple` is its rate as a multiple of the learning rate.
     """
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    blocks = [p for block in model.transformer.h for p in block.parameters()] + [*model.transformer.ln_f.parameters()]
-    mlp_out = [block.mlp.c_proj.weight for block in model.transformer.h]
-    matrices = [p for p in blocks if p.dim() == 2 and not any(p is other for other in mlp_out)]
-    groups = [
-        {"params": embeddings, "weight_decay": config.weight_decay, "multiple": config.embedding_lr},
-        {"params": matrices, "weight_decay": config.weight_decay, "multiple": 1.0},
-        {"params": mlp_out, "weight_decay": config.weight_decay, "multiple": config.mlp_out_lr},
-        {"params": [p for p in blocks if p.dim() == 1], "weight_decay": 0.0, "multiple": config.vector_lr},
-    ]
+    embeddings = {"params": [], "weight_decay": config.weight_decay, "multiple": config.embedding_lr}
+    matrices = {"params": [], "weight_decay": config.weight_decay, "multiple": 1.0}
+    mlp_out = {"params": [], "weight_decay": config.weight_decay, "multiple": config.mlp_out_lr}
+    vectors = {"params": [], "weight_decay": 0.0, "multiple": config.vector_lr}
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            vectors["params"].append(p)
+        elif name.endswith(("wte.weight", "wpe.weight")):
+            embeddings["params"].append(p)
+        else:
+            (mlp_out if name.endswith("mlp.c_proj.weight") else matrices)["params"].append(p)
+    groups = [embeddings, matrices, mlp_out, vectors]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 

@@ -6,6 +6,7 @@ a user would run instead, against the matrix products of that iteration alone: t
 
 import argparse
 import functools
+import re
 import tempfile
 
 import torch
@@ -43,15 +44,18 @@ def ours(batch_size: int, device: str, dtype: str, folder: str) -> Works:
             loss = run.model(x, y)
         run.scaler.scale(loss).backward()
 
-    def step() -> None:
+    def zero() -> None:
         for p in run.model.parameters():
             p.grad = torch.zeros_like(p)
+
+    def step() -> None:
+        zero()
         run.step(1e-4)
 
     return {
         "": iteration,
-        "zero gradients": lambda: [torch.zeros_like(p) for p in run.model.parameters()],
         "step": step,
+        "zero gradients": zero,  # after the step, which leaves none: 31 of 32 iterations add to what is there
         "batch": lambda: train.read_batch(split, train.crop_starts(config, 0, len(split)), config.block_size, run.device),
         "evaluation pass": lambda: run.loss_over("val", some),
         "checkpoint": run.write_checkpoint,
@@ -160,7 +164,7 @@ def report(timings: dict, batch_size: int, cuda: bool, dtype: torch.dtype) -> No
     speed = f"{flops / 1e9:,.0f} GFLOP; the products alone run at {flops / products.median / 1e9:,.0f} GFLOP/s"
     columns = ["", "median", "spread", "tokens/s", "time, ours 1", "peak memory", "of ceiling"]
     show(f"An iteration of {config.tokens_per_iteration:,} tokens, {speed}", columns, rows)
-    peak = next((peak for card, peak in PUBLISHED_PEAK.items() if cuda and card in torch.cuda.get_device_name()), None)
+    peak = next((peak for card, peak in PUBLISHED_PEAK.items() if cuda and card in re.split(r"\W", torch.cuda.get_device_name())), None)
     if peak and dtype != torch.float32:
         print(f"\nours: {flops / ours.median / 1e12 / peak:.1%} of the published dense peak, {peak} TFLOP/s")
     # What train.py does besides iterations, as a share of what it accompanies.

@@ -47,8 +47,10 @@ def measure(contenders: dict[str, Callable[[], Works]], repeats: int, cuda: bool
     processes = {name: Process(setup, cuda) for name, setup in contenders.items()}
     try:
         jobs = [(name, work) for name, process in processes.items() for work in process.answer()]
-        seconds = {job: [processes[job[0]].ask("warm up", job[1]), processes[job[0]].ask("time", job[1])][1:] for job in jobs}
-        for _ in range(repeats - 1):
+        for name, work in jobs:
+            processes[name].ask("time", work)  # the first time is not kept: it compiles, and takes memory
+        seconds = {job: [] for job in jobs}
+        for _ in range(repeats):
             for name, work in jobs:
                 seconds[name, work].append(processes[name].ask("time", work))
         memory = {job: processes[job[0]].ask("memory", job[1]) for job in jobs}
@@ -98,9 +100,9 @@ def serve(pipe: Any, setup: Callable[[], Works], cuda: bool) -> None:
             works[name]()
             wait()
             pipe.send(time.perf_counter() - start)
-    except EOFError:
+    except (EOFError, ConnectionError, KeyboardInterrupt):  # the one who asked is gone
         pass
-    except BaseException:
+    except Exception:
         pipe.send(traceback.format_exc())
 
 
