@@ -9,13 +9,10 @@ HERE = Path(__file__).parent
 CURVES = {
     "reference recipe, published (full TinyStories)": ("published_reference.csv", dict(color="0.7", linewidth=5)),
     "reference recipe, ours": ("logs/reference.csv", dict(color="tab:blue", marker="o", markersize=3)),
-    "tuned, 1.3 M tokens (4 sequences, random first vectors)": (
-        "logs/tuned_1.3M.csv",
-        dict(color="tab:purple", marker="*", markersize=11, linestyle=""),
-    ),
-    "tuned, 1.95 M tokens (random first vectors)": ("logs/tuned_2M.csv", dict(color="tab:red", marker="o", markersize=3)),
+    "tuned, 1.3 M tokens": ("logs/tuned_1.3M.csv", dict(color="tab:purple", marker="o", markersize=3)),
+    "tuned, 1.95 M tokens": ("logs/tuned_2M.csv", dict(color="tab:red", marker="o", markersize=3)),
     "tuned, 4 M tokens": ("logs/tuned_4M.csv", dict(color="tab:orange", marker="o", markersize=3)),
-    "tuned, 40 M tokens (32 sequences an update, dropout 0.2)": ("logs/tuned_41M.csv", dict(color="tab:green", marker="o", markersize=3)),
+    "tuned, 39 M tokens, early form (32 sequences, dropout 0.2)": ("logs/tuned_41M.csv", dict(color="tab:green", marker="o", markersize=3)),
 }
 
 
