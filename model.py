@@ -343,8 +343,9 @@ def next_logits(model: GPT, unread: torch.Tensor, cache: Cache, head: torch.Tens
     """The logits (B, V) of what follows the `unread` ids (B, T), which are then in the cache; head is (C, V)."""
     onednn = torch.backends.mkldnn
     before = onednn.enabled
-    # On a CPU oneDNN rearranges a bfloat16 matrix for every product: for a single row PyTorch's own product takes half the time.
-    onednn.enabled = before and unread.numel() > 1
+    if head.dtype == torch.bfloat16 and unread.numel() == 1:
+        # On a CPU oneDNN rearranges such a matrix for every product; for a single row PyTorch's own product takes half the time.
+        onednn.enabled = False
     try:
         return model.features(unread, cache)[:, -1] @ head
     finally:

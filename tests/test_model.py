@@ -400,7 +400,7 @@ def test_cached_greedy_generation_equals_uncached(block_size, prompt_length, bat
     prompts = random_ids(model.config, batch, prompt_length)
     rows = generated(model, prompts, 50, temperature=0)
     assert rows == [plain_greedy(model, prompt, 50) for prompt in prompts.tolist()]
-    assert batch == 1 or block_size == 1 or max(len(set(row)) for row in rows) > 3, "a story of a few tokens proves little"
+    assert block_size <= 2 or max(len(set(row)) for row in rows) > 3, "a story of a few tokens proves little"
 
 
 @pytest.mark.parametrize("enabled", [True, False])

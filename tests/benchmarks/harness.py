@@ -100,9 +100,9 @@ def serve(pipe: Any, setup: Callable[[], Works], cuda: bool) -> None:
             works[name]()
             wait()
             pipe.send(time.perf_counter() - start)
-    except (EOFError, ConnectionError, KeyboardInterrupt):  # the one who asked is gone
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the one who asked is gone
         pass
-    except Exception:
+    except BaseException:
         pipe.send(traceback.format_exc())
 
 
