@@ -162,7 +162,7 @@ def save_hf(model: GPT, checkpoint: str, folder: Path) -> None:
         raise
     except Exception as problem:  # a full disk is an error of its own kind to safetensors
         raise UserError(f"{folder} cannot be written: {one_line(problem)[:200]}") from problem
-    notice(f"wrote {folder}: read it with transformers, or with --checkpoint {folder}")
+    notice(f"wrote {folder} from {checkpoint}: read it with transformers, or with --checkpoint {folder}")
 
 
 def save_tokenizer(folder: Path, block_size: int) -> None:

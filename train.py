@@ -849,7 +849,8 @@ def finish(run: Run) -> None:
     if run.ranks.rank == 0:
         draw_curves(plot_path(run.config), run.config, run.state.log)
         notice(f"wrote {path} (the best weights, iteration {best['iteration']:,}) and {plot_path(run.config)}")
-        notice(f"scoring it on the whole validation split ({run.meta['splits']['val']['tokens']:,} tokens):")
+        tokens = run.meta["splits"]["val"]["tokens"]
+        notice(f"scoring it on the whole validation split ({tokens:,} tokens), as --eval_only does at any time:")
     line = score(run)
     if run.ranks.rank != 0:
         return
