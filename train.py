@@ -606,8 +606,10 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
             vectors["params"].append(p)
         elif name.endswith(("wte.weight", "wpe.weight")):
             embeddings["params"].append(p)
+        elif name.endswith("mlp.c_proj.weight"):
+            mlp_out["params"].append(p)
         else:
-            (mlp_out if name.endswith("mlp.c_proj.weight") else matrices)["params"].append(p)
+            matrices["params"].append(p)
     groups = [embeddings, matrices, mlp_out, vectors]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 

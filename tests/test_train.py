@@ -421,6 +421,7 @@ KINDS = {
     "vector_lr": (".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight"),
     "mlp_out_lr": ("mlp.c_proj.weight",),
 }
+RATES = [{}, {"embedding_lr": 3.0, "vector_lr": 4.0, "mlp_out_lr": 2.0}]
 
 
 def rate_of(name: str, config: Config) -> float:
@@ -428,7 +429,7 @@ def rate_of(name: str, config: Config) -> float:
     return next((getattr(config, kind) for kind, ends in KINDS.items() if name.endswith(ends)), 1.0)
 
 
-@pytest.mark.parametrize("rates", [{}, {"embedding_lr": 3.0, "vector_lr": 4.0, "mlp_out_lr": 2.0}], ids=str)
+@pytest.mark.parametrize("rates", RATES, ids=str)
 def test_each_kind_of_parameter_moves_at_its_rate(data, tmp_path, rates):
     run = new_run(tiny(data, tmp_path, weight_decay=0.0, grad_clip=0.0, **rates))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -439,7 +440,7 @@ def test_each_kind_of_parameter_moves_at_its_rate(data, tmp_path, rates):
         torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, 0.1 * rate_of(name, run.config)), msg=name)
 
 
-@pytest.mark.parametrize("rates", [{}, {"embedding_lr": 3.0, "vector_lr": 4.0, "mlp_out_lr": 2.0}], ids=str)
+@pytest.mark.parametrize("rates", RATES, ids=str)
 def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layernorm(data, tmp_path, rates):
     run = new_run(tiny(data, tmp_path, weight_decay=0.5, **rates))
     for p in run.model.parameters():

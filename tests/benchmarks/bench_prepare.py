@@ -4,7 +4,6 @@
 in memory already, and against `datasets.map` and a loop of writes. Without a FILE, the toy corpus.
 """
 
-import argparse
 import functools
 import os
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import Parser, run
 from prepare_data import SEPARATOR, THREADS, prepare, tokenizer, toy_stories
 from tests.benchmarks.harness import Works, machine, measure, show
 
@@ -57,11 +57,11 @@ def tokens_of(row: dict) -> dict:
     return {"ids": ids, "len": len(ids)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--text", type=Path, help="stories between <|endoftext|> marks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = args.text or folder / "toy.txt"
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,7 +4,6 @@ Tokens drawn by our `generate` and by Hugging Face's, with the same weights, and
 `sample.py` takes to its first token. The ceiling is the time to multiply one vector with every matrix.
 """
 
-import argparse
 import functools
 import subprocess
 import sys
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from config import Config
+from config import Config, Parser, run
 from model import GPT, generate, save_file, to_hugging_face
-from tests.benchmarks.harness import Works, add_dtype_flag, dtype_of, machine, measure, show
+from sample import pick_dtype
+from tests.benchmarks.harness import Works, add_dtype_flag, machine, measure, show
 
 NEW, ACROSS = 120, 300  # new tokens that fit the context of 128, and that do not
 PROMPT = [7454, 2402, 257, 640]  # "Once upon a time"
@@ -61,10 +61,10 @@ def products(device: str, dtype: torch.dtype) -> Works:
     matrices = [module.weight.t() for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head = model.transformer.wte.weight.detach().t()
     matrices.append(head.contiguous() if dtype == torch.float32 and device == "cpu" else head)  # as in generate
+    torch.backends.mkldnn.enabled = dtype != torch.bfloat16  # for a single row, as in next_logits
     vectors = {width: torch.randn(1, width, device=device).to(dtype) for width in {len(m) for m in matrices}}
 
     def work() -> None:
-        torch.backends.mkldnn.enabled = dtype != torch.bfloat16  # for a single row, as in generate
         with torch.inference_mode():
             for _ in range(NEW):
                 for matrix in matrices:
@@ -86,15 +86,15 @@ def first_token(path: Path, repeats: int) -> list[float]:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     add_dtype_flag(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     repeats = args.repeats
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    fast = dtype_of(args.dtype, device, parser)
+    fast = pick_dtype(args.dtype, torch.device(device))
     name = str(fast).removeprefix("torch.")
     contenders = {
         "ours": functools.partial(ours, device, fast),
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,7 +4,6 @@ An iteration of the reference recipe (forward, loss, backward; dropout on) by ou
 a user would run instead, against the matrix products of that iteration alone: the ceiling.
 """
 
-import argparse
 import functools
 import re
 import tempfile
@@ -13,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import train
-from config import Config
+from config import Config, Parser, run
 from model import CHUNK, GPT, to_hugging_face
 from prepare_data import prepare
-from tests.benchmarks.harness import Works, add_dtype_flag, dtype_of, machine, measure, show
+from sample import pick_dtype
+from tests.benchmarks.harness import Works, add_dtype_flag, machine, measure, show
 
 # Dense matrix products of 16-bit numbers, TFLOP/s, from the makers' data sheets.
 PUBLISHED_PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
@@ -116,15 +116,15 @@ def products(batch_size: int, device: str, dtype: torch.dtype) -> Works:
     return {"": run}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=32, help="sequences of 128 tokens in an iteration; a large GPU wants 256 or more")
     add_dtype_flag(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = "cuda" if cuda else "cpu"
-    fast = dtype_of(args.dtype, device, parser)
+    fast = pick_dtype(args.dtype, torch.device(device))
     name = str(fast).removeprefix("torch.")
     setup = functools.partial
     folder = tempfile.TemporaryDirectory()
@@ -182,4 +182,4 @@ def report(timings: dict, batch_size: int, cuda: bool, dtype: torch.dtype) -> No
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,7 +4,6 @@ A contender is a function that sets up and returns its works, `{name: function}`
 fresh process, since allocators and thread pools are a process's own.
 """
 
-import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -20,11 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from config import UserError
-from sample import pick_dtype
+from config import DTYPE, Parser, parser_of
 
 Works = dict[str, Callable[[], Any]]
-MIB = 1 << 20
 
 
 class Timing(NamedTuple):
@@ -140,17 +137,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
-def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
-    names = ("auto", "bfloat16", "float16", "float32")
-    parser.add_argument("--dtype", default="auto", choices=names, help="of all but the rows of float32; auto: the fastest there is")
-
-
-def dtype_of(name: str, device: str, parser: argparse.ArgumentParser) -> torch.dtype:
-    """The precision `--dtype` names; one that the device does not have ends the program in a line."""
-    try:
-        return pick_dtype(name, torch.device(device))
-    except UserError as problem:
-        parser.error(str(problem))
+def add_dtype_flag(parser: Parser) -> None:
+    text = "of all but the rows of float32: auto (the fastest the device has), float32, bfloat16 or float16"
+    parser.add_argument("--dtype", type=parser_of(str, DTYPE), metavar="D", default="auto", help=text)
 
 
 def machine(cuda: bool = False) -> str:
