@@ -1,164 +1,165 @@
-"""Every constant people tweak, as one dataclass `Config`; its presets; its command line.
+"""Every constant people tweak: the settings of a run, and the presets.
 
-The fields below read as the table of the recipe, and each is a flag of the same name:
-`python train.py --learning_rate 3e-4` changes one for a run, an edit here changes it for
-good. What the command lines share (errors, flags, whole-file writes) is at the end.
+Edit a value here and it holds from now on; type it as a flag (`python train.py --max_iters 500`)
+and it holds for one run. The fields of `Config` are the `reference` preset. Every other preset
+lists what it changes, and its own lines win: to tweak `tuned`, edit PRESETS["tuned"]. A run that
+is resumed keeps the settings it began with. Behind the constants stands what the command lines
+share: flags, errors, atomic writes.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
+import io
 import math
+import operator
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
+
+DEFAULT_PRESET = "reference"  # what `python train.py` trains
+DEVICE = "auto, cpu, cuda, cuda:N or mps"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# A process that was started with its input or output closed (cron, daemons) would give their
+# numbers to the first files it opens, and messages would land in those.
+for number in (0, 1, 2):
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+# PyTorch's threads spin while they wait for each other, which starves them beside another job.
+# Read when torch is imported, by PyTorch builds that use GNU's OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: `run` prints it as one line and exits with status 2."""
+    """A mistake the user can mend: `cli` prints it as one line and exits with status 2."""
 
 
-class Allowed(NamedTuple):
-    """The values a setting may take: in words, and as a test."""
-
-    text: str
-    test: Callable[[Any], bool]
-
-
-def at_least(low: float) -> Allowed:
-    return Allowed(f"{low} or more (below 2**31)", lambda value: low <= value < 2**31)
-
-
-def above(low: float) -> Allowed:
-    return Allowed(f"more than {low}", lambda value: value > low)
-
-
-def between(low: float, high: float) -> Allowed:
-    return Allowed(f"from {low} to {high}", lambda value: low <= value <= high)
-
-
-def below_one() -> Allowed:
-    return Allowed("from 0 to just under 1", lambda value: 0 <= value < 1)
-
-
-def one_of(*names: str) -> Allowed:
-    return Allowed("one of " + ", ".join(names), lambda value: value in names)
-
-
-PATH = Allowed("a path", lambda value: value.strip() != "" and "\0" not in value)
-DEVICE = Allowed("auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,5}))?", value))
-DTYPE = one_of("auto", "float32", "bfloat16", "float16")
-SEED = between(0, 2**63 - 1)
-
-
-def setting(default: Any, help: str, allowed: Allowed | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
+def setting(default: Any, help: str, group: str = "", **limits: Any) -> Any:
+    """A field of Config, and a flag if it has a help text. `group` heads it and the next ones."""
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=limits))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the `reference` preset: the published recipe, to the digit.
+    """One run. UserError if it is built with a value, or a combination, that cannot be."""
 
-    Raises UserError when it is built with a value, or a combination, that cannot be.
-    """
-
-    preset: str = setting("reference", "the recipe to start from; other flags change single settings")
+    preset: str = setting("reference", "the recipe to start from; other flags change it")
 
     # The model: GPT-2's architecture, 30 M parameters, two thirds of them token embeddings.
-    n_layer: int = setting(6, "Transformer blocks", at_least(1))
-    n_head: int = setting(6, "attention heads in a block", at_least(1))
-    n_embd: int = setting(384, "width: features per token", at_least(1))
-    block_size: int = setting(128, "context: tokens the model sees at once", at_least(1))
-    vocab_size: int = setting(50257, "token ids; GPT-2's vocabulary", between(1, 65536))
-    dropout: float = setting(0.1, "share of activations dropped in training", below_one())
+    n_layer: int = setting(6, "Transformer blocks", "model", at_least=1)
+    n_head: int = setting(6, "attention heads in a block", at_least=1)
+    n_embd: int = setting(384, "width: features per token", at_least=1)
+    block_size: int = setting(128, "context: tokens the model sees at once", at_least=1)
+    vocab_size: int = setting(50257, "", at_least=1, at_most=65536)  # GPT-2's; not a flag
+    dropout: float = setting(0.1, "share of activations dropped", at_least=0, below=1)
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
-    gelu: str = setting("exact", "the MLP's activation; tanh is GPT-2's approximation", one_of("exact", "tanh"))
-    init: str = setting("gpt2", "first weights: GPT-2's, or fitted to each matrix (see model.py)", one_of("gpt2", "fan_in"))
-    embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above(0))
-    embedding_init: str = setting("random", "first token embeddings: random, or alike if spelled alike", one_of("random", "spelling"))
-    init_from: str | None = setting(None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or name that gives architecture and first weights; "
-                                          "random weights if not given", PATH)  # fmt: skip
+    gelu: str = setting("exact", "GELU, or GPT-2's approximation", one_of=("exact", "tanh"))
+    init: str = setting("gpt2", "first weights, see model.py", one_of=("gpt2", "fan_in"))
+    embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above=0)
+    embedding_init: str = setting("random", "first vectors of tokens", one_of=("random", "subword"))
+    init_from: str | None = setting(None, "model.pt, ckpt.pt or Hugging Face GPT-2 to start from")
 
     # The data.
-    dataset: str = setting("roneneldan/TinyStories", "what to prepare if data_dir is empty: a Hub name, toy, or a path", PATH)
-    data_dir: str | None = setting(None, "folder of the prepared data; data/<name of dataset> if not given", PATH)
+    dataset: str = setting("roneneldan/TinyStories", "a Hub name, toy, or a path", "data")
+    data_dir: str | None = setting(None, "folder of the prepared data; else data/<dataset>")
+    crops: str = setting("random", "where sequences begin: anywhere, or every window once before "
+                         "any twice", one_of=("random", "shuffled"))  # fmt: skip
 
-    # The batch. An iteration is batch_size sequences, forward and backward (4,096 tokens);
-    # an update is one optimizer step over gradient_accumulation_steps iterations (131,072 tokens).
-    batch_size: int = setting(32, "sequences of block_size tokens in an iteration", at_least(1))
-    gradient_accumulation_steps: int = setting(32, "iterations in an update (one optimizer step)", at_least(1))
-    device_batch_size: int | None = setting(None, "sequences on the device at once (memory, speed); batch_size if not given", at_least(1))
-    max_iters: int = setting(10_000, "iterations in the run", at_least(1))
-    crops: str = setting("random", "where sequences begin: anywhere, or all windows once before any twice", one_of("random", "shuffled"))
+    # The batch. An iteration is batch_size sequences, forward and backward (4,096 tokens); an
+    # optimizer step is over gradient_accumulation_steps iterations (131,072 tokens).
+    batch_size: int = setting(32, "sequences in an iteration", "batch", at_least=1)
+    gradient_accumulation_steps: int = setting(32, "iterations in an optimizer step", at_least=1)
+    device_batch_size: int | None = setting(None, "sequences on the device at once, for memory "
+                                            "and speed; else batch_size", at_least=1)  # fmt: skip
+    max_iters: int = setting(10_000, "iterations in the run; nanoGPT counts steps", at_least=1)
+    max_epochs: float | None = setting(None, "the same in passes over the training data", above=0)
 
     # The learning rate, a function of the iteration: linear warmup, then a decay from
     # learning_rate to min_lr. The reference's "minimum" lies above its start, so the rate
     # RISES from 1e-4 to 5e-4. That is what ran, and so it is what this preset does.
-    learning_rate: float = setting(1e-4, "rate at the end of the warmup", above(0))
-    min_lr: float = setting(5e-4, "rate at the end of the decay", at_least(0))
-    lr_schedule: str = setting("cosine", "shape of the decay", one_of("cosine", "linear"))
-    warmup_iters: int | None = setting(1000, "iterations of linear warmup; in tuned a twentieth of max_iters", at_least(0))
-    warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate", between(0, 1))
-    lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; max_iters if not given", at_least(1))
+    learning_rate: float = setting(1e-4, "rate after the warmup", "learning rate", above=0)
+    min_lr: float = setting(5e-4, "rate at the end of the decay", at_least=0)
+    lr_schedule: str = setting("cosine", "shape of the decay", one_of=("cosine", "linear"))
+    warmup_iters: int | None = setting(1000, "iterations, not steps, of warmup", at_least=0)
+    warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate",
+                                         at_least=0, at_most=1)  # fmt: skip
+    lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; else "
+                                         "max_iters", at_least=1)  # fmt: skip
+    embedding_lr_mult: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a "
+                                       "multiple of the matrices'", at_least=0)  # fmt: skip
+    mlp_out_lr_mult: float = setting(1.0, "rate of the MLP's second matrix, as a multiple of the "
+                                     "others'", at_least=0)  # fmt: skip
 
-    # Rates of single kinds of parameters, as multiples of that.
-    embedding_lr: float = setting(1.0, "the embeddings' rate, as a multiple of the matrices'", at_least(0))
-    vector_lr: float = setting(1.0, "the biases' and LayerNorms' rate, as a multiple of the matrices'", at_least(0))
-    mlp_out_lr: float = setting(1.0, "the rate of the MLP's second matrix, as a multiple of the other matrices'", at_least(0))
+    # AdamW. The reference decayed every parameter; biases and LayerNorms are left alone here,
+    # since pulling a scale of one towards zero regularizes nothing.
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings", "optimizer", at_least=0)
+    beta1: float = setting(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's memory of its square", at_least=0, below=1)
+    eps: float = setting(1e-9, "AdamW's guard against division by zero", above=0)
+    grad_clip: float = setting(0.5, "largest norm of a gradient; 0 = no clipping", at_least=0)
 
-    # The optimizer: AdamW. The reference decayed every parameter; biases and LayerNorms
-    # are left alone here, since pulling a scale of one towards zero regularizes nothing.
-    weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings", at_least(0))
-    beta1: float = setting(0.9, "AdamW's memory of the gradient", below_one())
-    beta2: float = setting(0.95, "AdamW's memory of the squared gradient", below_one())
-    eps: float = setting(1e-9, "AdamW's guard against division by zero", above(0))
-    grad_clip: float = setting(0.5, "largest norm of an update's gradient; 0 = no clipping", at_least(0))
-
-    # Evaluation. The reference drew 500 random batches of each split: two thirds of its forward
-    # passes. 24 fixed batches a split are 3 % of the work, and two evaluations compare exactly.
-    eval_interval: int = setting(500, "iterations between evaluations", at_least(1))
-    eval_iters: int = setting(24, "batches of each split in an evaluation", at_least(1))
+    # Evaluation, on fixed windows: two evaluations differ only by the weights. The reference
+    # drew 500 random batches of each split, two thirds of its forward passes.
+    eval_interval: int = setting(500, "iterations between evaluations", "evaluation", at_least=1)
+    eval_windows: int = setting(384, "windows of each split in an evaluation", at_least=1)
 
     # The run.
-    seed: int = setting(1337, "start of every random choice: weights, crops, dropout", SEED)
-    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", DEVICE)
-    dtype: str = setting("auto", "arithmetic: auto (the fastest the device has), float32, bfloat16 or float16", DTYPE)
-    compile: str = setting("auto", "torch.compile the model: auto, true or false", one_of("auto", "true", "false"))
-    out_dir: str | None = setting(None, "folder of model.pt, ckpt.pt and log.csv; out/<preset> if not given", PATH)
-    plot_dir: str = setting("plots", "folder of the loss plot", PATH)
-    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints, besides those at evaluations", above(0))
+    seed: int = setting(1337, "start of all random numbers", "run", at_least=0, at_most=2**63 - 1)
+    device: str = setting("auto", f"{DEVICE}; auto is a GPU if there is one", form=DEVICE)
+    dtype: str = setting("auto", "arithmetic; auto is the device's fastest", one_of=DTYPES)
+    compile: str = setting("auto", "use torch.compile", one_of=("auto", "true", "false"))
+    out_dir: str | None = setting(None, "folder of the checkpoints and the log; else out/<preset>")
+    plot_dir: str = setting("plots", "folder of the loss plot")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", above=0)
+    tensorboard: bool = setting(False, "write the log for TensorBoard into out_dir too")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            kind, *optional = get_args(field.type) or (field.type,)
             value = getattr(self, field.name)
-            kind, optional = kind_of(field)
-            if value is None and optional:
-                continue
-            if kind is float and type(value) is int:
-                value = float(value)
+            if not (optional and value is None):
+                try:
+                    value = checked(value, kind, **field.metadata["limits"])
+                except ValueError as reason:
+                    raise UserError(f"{field.name} {reason}") from None
                 object.__setattr__(self, field.name, value)
-            if reason := refusal(value, kind, field.metadata["allowed"]):
-                raise UserError(f"{field.name} {reason}")
-        if self.preset not in PRESETS:
-            raise UserError(f"preset {self.preset!r} is not known{nearest(self.preset, PRESETS)}: {', '.join(PRESETS)}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if self.decay_iters < min(self.warmup, self.max_iters):
-            raise UserError(f"lr_decay_iters {self.decay_iters} must be warmup_iters ({self.warmup}) or more")
+            raise UserError(f"lr_decay_iters {self.decay_iters} is below warmup_iters "
+                            f"{self.warmup}")
         if self.data_dir is None:
             object.__setattr__(self, "data_dir", default_data_dir(self.dataset))
         if self.out_dir is None:
             object.__setattr__(self, "out_dir", f"out/{self.preset}")
 
     @classmethod
-    def from_preset(cls, preset: str = "reference", **changes: Any) -> "Config":
-        """The preset with single settings changed."""
-        return cls(**{"preset": preset, **PRESETS.get(preset, {}), **changes})
+    def from_preset(cls, preset: str | None = None, **overrides: Any) -> "Config":
+        """A preset's settings (None: DEFAULT_PRESET's), some of them overridden. UserError if the
+        preset is not there, or sets what is no setting.
+        """
+        preset = preset or DEFAULT_PRESET
+        if preset not in PRESETS:
+            names = ", ".join(PRESETS)
+            raise UserError(f"preset {preset!r} is not known{nearest(preset, PRESETS)}: {names}")
+        known = {field.name for field in dataclasses.fields(cls)} - {"preset"}
+        for name in PRESETS[preset].keys() - known:
+            guess = nearest(name, known)
+            raise UserError(f"config.py: preset {preset!r} sets {name!r}, no setting{guess}")
+        try:
+            return cls(**{"preset": preset, **PRESETS[preset], **overrides})
+        except UserError as problem:
+            raise UserError(f"preset {preset}: {problem}") from None
 
     @property
     def decay_iters(self) -> int:
@@ -169,8 +170,7 @@ class Config:
         return self.max_iters // 20 if self.warmup_iters is None else self.warmup_iters
 
     @property
-    def pass_sequences(self) -> int:
-        """Sequences on the device at once (device_batch_size, batch_size if not given)."""
+    def micro_batch_size(self) -> int:
         return self.batch_size if self.device_batch_size is None else self.device_batch_size
 
     @property
@@ -179,70 +179,134 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The published run, which the defaults above spell out.
+    # The published run, which the fields above spell out.
     "reference": {},
-    # The same model and budget, learning far more from every token; the README says why each change helps.
+    # The same model and budget, learning far more from every token; the README says why.
     "tuned": dict(
-        batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, dropout=0.0, crops="shuffled",
-        init="fan_in", embedding_std=0.03, embedding_init="spelling",
-        learning_rate=7e-4, min_lr=5e-5, lr_schedule="linear", warmup_iters=None, warmup_start_factor=0.0,
-        embedding_lr=3.0, vector_lr=3.0, mlp_out_lr=2.0, beta1=0.85, beta2=0.999, grad_clip=2.0,
+        dropout=0.0, init="fan_in", embedding_std=0.03, embedding_init="subword", crops="shuffled",
+        batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, eval_interval=1000,
+        learning_rate=7e-4, min_lr=5e-5, lr_schedule="linear",
+        warmup_iters=None, warmup_start_factor=0.0,  # None: a twentieth of max_iters
+        embedding_lr_mult=3.0, mlp_out_lr_mult=2.0, beta1=0.85, beta2=0.999, grad_clip=2.0,
     ),
-    # Prepare, train and sample in a minute or two on two CPU cores: a small model on the toy corpus.
+    # Prepare, train and sample in a minute or two on two CPU cores: a small model, toy stories.
     "demo": dict(
-        dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, init="fan_in", embedding_std=0.03,
-        batch_size=8, gradient_accumulation_steps=1, max_iters=240, crops="shuffled",
-        learning_rate=3e-3, min_lr=0.0, warmup_iters=20, warmup_start_factor=0.02,
-        beta2=0.99, grad_clip=1.0, eps=1e-8, eval_interval=60, eval_iters=8,
+        dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, crops="shuffled",
+        init="fan_in", embedding_std=0.03, batch_size=8, gradient_accumulation_steps=1,
+        max_iters=240, eval_interval=60, eval_windows=64, learning_rate=3e-3, min_lr=0.0,
+        warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
 }  # fmt: skip
+
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")  # of the texts that can be prepared
 
 
 def default_data_dir(dataset: str) -> str:
     """data/<name of the dataset>: TinyStories for roneneldan/TinyStories, train for a/train.txt."""
     path = Path(dataset)
-    name = path.stem if path.suffix in (".txt", ".json", ".jsonl", ".parquet") else path.name
+    name = path.stem if path.suffix.lower() == ".gz" else path.name
+    name = Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name
     return f"data/{name.strip('.') or path.resolve().name or 'dataset'}"
 
 
-# ------------------------------------------------------------------------------------------
-# What the three command lines share.
+# -------------------------------------------------------------------------------------------- Flags
+
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TEXT, PATH = "any text", "a path"
+FORMS = {TEXT: "(?s).*", PATH: r"[^\0]*\S[^\0]*",
+         DEVICE: r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,5}))?"}
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {  # in words, and as a test
+    "at_least": ("{} or more", operator.ge),
+    "above": ("more than {}", operator.gt),
+    "at_most": ("{} or less", operator.le),
+    "below": ("less than {}", operator.lt),
+    "one_of": ("one of {}", lambda value, names: value in names),
+    "form": ("{}", lambda value, form: re.fullmatch(FORMS[form], value)),
+}
 
 
-def kind_of(field: dataclasses.Field) -> tuple[type, bool]:
-    """A field's plain type, and whether it may be None."""
-    names = str(field.type.__name__ if isinstance(field.type, type) else field.type).split(" | ")
-    return {"int": int, "float": float, "bool": bool, "str": str}[names[0]], "None" in names
+def checked(value: Any, kind: type, **limits: Any) -> Any:
+    """`value`, a path's ~ expanded. ValueError, in words, if its kind or LIMITS forbid it."""
+    if kind is int:
+        limits.setdefault("at_most", 2**31 - 1)
+    if kind is str and not limits:
+        limits["form"] = PATH
+    if kind is float and type(value) is int:
+        value = float(value)
+    fits = type(value) is kind and (kind is not float or math.isfinite(value))
+    wanted = [NOUNS[kind]]
+    for name, limit in limits.items():
+        words, test = LIMITS[name]
+        wanted.append(words.format(", ".join(limit) if name == "one_of" else limit))
+        fits = fits and test(value, limit)
+    if not fits:
+        raise ValueError(f"{value!r} is not possible: it must be {', '.join(wanted)}")
+    return os.path.expanduser(value) if limits.get("form") == PATH else value
 
 
-def refusal(value: Any, kind: type, allowed: Allowed | None) -> str | None:
-    """Why `value` cannot be, in words, or None if it can."""
-    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    wanted = noun if allowed is None else allowed.text if kind is str else f"{noun}, {allowed.text}"
-    finite = kind is not float or type(value) is float and math.isfinite(value)
-    if type(value) is not kind or not finite or allowed is not None and not allowed.test(value):
-        return f"{value!r} is not possible: it must be {wanted}"
-    return None
+def from_text(text: str, kind: type) -> Any:
+    """What was typed, as this kind: 1e4 is a whole number too. The text itself if it is none."""
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int and float(text).is_integer() and not text.lstrip("+-").isdigit():
+            return int(float(text))
+        return kind(text)
+    return text
 
 
-def parser_of(kind: type, allowed: Allowed | None = None) -> Callable[[str], Any]:
-    """For argparse's `type=`: text to a checked value."""
+def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limits: Any) -> Any:
+    """Adds `--name VALUE` to a parser, or a group of one; returns argparse's action."""
+    choices = limits.get("one_of", ())
 
     def parse(text: str) -> Any:
-        value: Any = text
-        with contextlib.suppress(ValueError, KeyError):
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if reason := refusal(value, kind, allowed):
-            hint = ""
-            if kind is str and allowed is not None and allowed.text.startswith("one of "):
-                hint = nearest(text, allowed.text.removeprefix("one of ").split(", "))
-            raise argparse.ArgumentTypeError(reason + hint)
-        return value
+        if text.lower() in choices:  # True and False too
+            text = text.lower()
+        try:
+            return checked(from_text(text, kind), kind, **limits)
+        except ValueError as reason:
+            raise argparse.ArgumentTypeError(f"{reason}{nearest(text, choices)}") from None
 
-    return parse
+    metavar = {int: "N", float: "X", bool: "true|false", str: name.upper()}[kind]
+    if choices:
+        help += "; one of " + ", ".join(choices)
+    if default is not None:
+        help += f" (default: {str(default).lower() if kind is bool else default})"
+    help = help.replace("%", "%%")
+    return parser.add_argument(f"--{name}", type=parse, default=default, metavar=metavar, help=help)
 
 
-def nearest(word: str, known: Any) -> str:
+def add_config_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """A flag for every setting, absent unless typed; help shows the defaults of argv's preset."""
+    chooser = Parser("", add_help=False)
+    chooser.add_argument("--preset", default=DEFAULT_PRESET)
+    preset = chooser.parse_known_args(argv)[0].preset
+    Config.from_preset(preset)  # one that cannot be is told before anything else
+    group: Any = parser
+    for field in dataclasses.fields(Config):
+        help, limits = field.metadata["help"], field.metadata["limits"]
+        default = PRESETS[preset].get(field.name, field.default)
+        if field.name == "preset":
+            default, limits = preset, {"one_of": tuple(PRESETS)}
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        if help:
+            kind = (get_args(field.type) or (field.type,))[0]
+            add_flag(group, field.name, kind, default, help, **limits).default = argparse.SUPPRESS
+
+
+# What people type who know other programs.
+ELSEWHERE = dict(
+    lr="learning_rate", epochs="max_epochs", num_epochs="max_epochs", steps="max_iters",
+    max_steps="max_iters", iters="max_iters", batch="batch_size", ctx="block_size",
+    seq_len="block_size", layers="n_layer", heads="n_head", wd="weight_decay", clip="grad_clip",
+    grad_accum="gradient_accumulation_steps", output_dir="out_dir", data="data_dir",
+    wandb="tensorboard", model="checkpoint", n="num_samples", length="max_new_tokens",
+)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known word that looks most like `word`, else nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {found[0]}?" if found else ""
@@ -251,68 +315,80 @@ def nearest(word: str, known: Any) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, one-line errors, and a guess at what was meant."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
-        # A flag's value may be any negative number ("-1e-4" too): the range check answers it.
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, allow_abbrev=False, **options)
+        # A flag's value may be any negative number ("-1e-4" too): the limits answer it.
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> None:
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - is written behind a =, as in --prompt=-Pip)"
         raise UserError(message.removeprefix("argument "))
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:  # type: ignore[override]
         args, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]!r} belongs to no flag: a value stands behind its flag")
         if unknown:
             flag = unknown[0].split("=")[0]
-            if not flag.startswith("-"):
-                raise UserError(f"{unknown[0]!r} belongs to no flag: a value stands behind its flag (--help lists them)")
-            raise UserError(f"unknown flag {flag}{nearest(flag, self._option_string_actions)} (--help lists them all)")
+            known = self._option_string_actions
+            meant = "--" + ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "")
+            guess = f", did you mean {meant}?" if meant in known else nearest(flag, known)
+            raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of Config; those not typed are absent from the parsed namespace."""
-    for field in dataclasses.fields(Config):
-        kind, _ = kind_of(field)
-        allowed = one_of(*PRESETS) if field.name == "preset" else field.metadata["allowed"]
-        default = str(field.default).lower() if kind is bool else field.default
-        choices = f"; {allowed.text}" if allowed is not None and allowed.text.startswith("one of ") else ""
-        help = field.metadata["help"] + choices + ("" if default is None else f" (default: {default})")
-        metavar = {int: "N", float: "X", bool: "true|false", str: field.name.upper()}[kind]
-        parser.add_argument(
-            f"--{field.name}", type=parser_of(kind, allowed), default=argparse.SUPPRESS, metavar=metavar, help=help.replace("%", "%%")
-        )
+# --------------------------------------------------------------------------- Errors, notices, files
 
 
-def one_line(message: object) -> str:
-    return " ".join(str(message).split())
-
-
-def run(main: Callable[[list[str]], None]) -> None:
+def cli(main: Callable[[list[str]], None]) -> None:
     """Calls `main` with the command line; a user's mistake becomes one line and status 2."""
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # stories are, whatever the terminal says
+    sys.stdout = sys.stdout or io.StringIO()  # None where Python was started with it closed
+    sys.stderr = Lossy(sys.stderr or io.StringIO())
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         try:
-            main(sys.argv[1:])
+            return main(sys.argv[1:])
         finally:  # --help leaves by SystemExit
             sys.stdout.flush()
-    except UserError as mistake:
-        fail(one_line(mistake))
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to say
-        for stream in (sys.stdout, sys.stderr):  # what they still hold must not fail once more when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor when Python ends and flushes the rest
         sys.exit(1)
-    except OSError as problem:  # disk full, no permission, a folder where a file should be
-        fail(one_line(f"{problem.strerror or problem}" + (f": {problem.filename}" if problem.filename else "")))
-    except MemoryError:
-        fail("the machine is out of memory: try smaller numbers")
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        notice("")
         sys.exit(130)
-
-
-def fail(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    except UserError as mistake:
+        line = str(mistake)
+    except OSError as problem:  # disk full, no permission, a folder where a file should be
+        line = str(problem.strerror or problem)
+        line += f": {problem.filename}" if problem.filename else ""
+    except (MemoryError, RuntimeError) as problem:  # PyTorch's are RuntimeErrors, on a GPU or not
+        memory = "out of memory|allocate memory|not enough memory"
+        if isinstance(problem, RuntimeError) and not re.search(memory, str(problem)):
+            raise
+        line = ("out of memory: halve --device_batch_size (the result stays the same), "
+                "--num_samples, or the model")
+    notice(f"error: {one_line(line)}")
     sys.exit(2)
+
+
+class Lossy:
+    """A stream whose reader may leave, a terminal say: what is written then is lost, no more."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
 
 
 def notice(line: str) -> None:
@@ -320,48 +396,57 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds `folder` for this process until it is closed; None if it is taken.
+
+    A file system without locks (some network drives) is used without.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        lock = functools.partial(fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows, where a folder cannot be opened
+        import msvcrt
+
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        lock = functools.partial(msvcrt.locking, handle, msvcrt.LK_NBLCK, 1)
+    try:
+        lock()
+    except OSError as problem:
+        if problem.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(handle)
+            return None
+    return handle
+
+
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; renames it to `path` once it is on the disk.
 
     A reader, a crash or a full disk sees the old file or the new one, never half of one.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
-        settle(partial)
+        flush_to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def settle(path: Path) -> None:
-    """Sees a file onto the disk, and makes an ordinary one of it (mkstemp's and safetensors' are private)."""
+def flush_to_disk(path: Path) -> None:
+    """Sees a file onto the disk, with the mode of an ordinary one (mkstemp's is private)."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `path` to fill; renames it to `path`, which is missing or empty, once it is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
-        partial = Path(parent, path.name)
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            settle(file)
-        os.replace(partial, path)
-
-
-def clear_partials(folder: Path, names: Iterable[str]) -> None:
-    """Removes what a kill or a power cut left of `whole_file`'s writes; nobody else may be writing there."""
-    for name in names:
-        for partial in folder.glob(f".{name}.????????"):
-            partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        path.chmod(0o666 & ~umask)

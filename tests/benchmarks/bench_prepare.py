@@ -9,11 +9,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from config import Parser, add_flag, cli
+
 import numpy as np
 
-from config import Parser, run
 from prepare_data import SEPARATOR, THREADS, prepare, tokenizer, toy_stories
-from tests.benchmarks.harness import Works, machine, measure, show
+from tests.benchmarks.harness import Works, add_repeats_flag, machine, measure, show
 
 
 def ours(text: Path, folder: Path) -> Works:
@@ -28,7 +29,9 @@ def tiktoken_alone(text: Path, folder: Path) -> Works:
 
 
 def datasets_map(text: Path, folder: Path) -> Works:
-    """The notebook's way: map over single stories in worker processes, then write shard by shard."""
+    """The notebook's way: map over single stories in worker processes, then write shard by
+    shard.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -43,7 +46,8 @@ def datasets_map(text: Path, folder: Path) -> Works:
         file = np.memmap(folder / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
         at = 0
         for number in range(1024):
-            shard = encoded.shard(num_shards=1024, index=number, contiguous=True).with_format("numpy")
+            shard = encoded.shard(num_shards=1024, index=number, contiguous=True)
+            shard = shard.with_format("numpy")
             ids = np.concatenate(shard["ids"]) if len(shard) else np.empty(0, np.uint16)
             file[at : at + len(ids)] = ids
             at += len(ids)
@@ -59,28 +63,33 @@ def tokens_of(row: dict) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--text", type=Path, help="stories between <|endoftext|> marks")
+    add_repeats_flag(parser, 5)
+    add_flag(parser, "text", str, None, "stories between <|endoftext|> marks; else the toy corpus")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = args.text or folder / "toy.txt"
+        text = Path(args.text or folder / "toy.txt")
         if args.text is None:
             text.write_text(SEPARATOR.join(toy_stories()), encoding="utf-8")
         alone = "tiktoken.encode_ordinary_batch alone"
-        workers = "datasets.map and a loop of writes"  # whose memory is in processes of its own, and not counted
+        workers = "datasets.map and a loop of writes"
         setups = {"ours, to files on the disk": ours, alone: tiktoken_alone, workers: datasets_map}
-        timings = measure({name: functools.partial(setup, text, folder) for name, setup in setups.items()}, args.repeats)
+        contenders = {name: functools.partial(setups[name], text, folder) for name in setups}
+        timings = measure(contenders, args.repeats)
         size, first = text.stat().st_size / 1e6, next(iter(timings.values()))
-        rows = [
-            [name, f"{t.median:.3g} s", t.spread, f"{size / t.median:.1f}", f"{t.median / first.median:.2f}x",
-             "-" if name == workers else f"{t.memory / 1e9:.2f} GB", f"{timings[alone].median / t.median:.0%}"]
-            for name, t in timings.items()
-        ]  # fmt: skip
+        rows = []
+        for name, timing in timings.items():
+            # The workers' memory is in processes of their own, and not counted.
+            memory = "-" if name == workers else f"{timing.memory / 1e9:.2f} GB"
+            rows.append([
+                name, f"{timing.median:.3g} s", timing.spread, f"{size / timing.median:.1f}",
+                f"{timing.median / first.median:.2f}x", memory,
+                f"{timings[alone].median / timing.median:.0%}",
+            ])
     print(machine())
-    title = f"{size:.1f} MB of stories to token ids, {THREADS} threads"
-    show(title, ["", "median", "spread", "MB/s", "time, ours 1", "peak memory", "of tiktoken alone"], rows)
+    columns = ["", "median", "spread", "MB/s", "time, ours 1", "peak memory", "of tiktoken alone"]
+    show(f"{size:.1f} MB of stories to token ids, {THREADS} threads", columns, rows)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,7 +1,8 @@
 """Sampling speed: `python -m tests.benchmarks.bench_sample [--repeats N] [--dtype D]`.
 
 Tokens drawn by our `generate` and by Hugging Face's, with the same weights, and how long
-`sample.py` takes to its first token. The ceiling is the time to multiply one vector with every matrix.
+`sample.py` takes to its first token. The ceiling is the time to multiply one vector with every
+matrix.
 """
 
 import functools
@@ -11,12 +12,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from config import Config, Parser, cli
+
 import torch
 
-from config import Config, Parser, run
-from model import GPT, generate, save_file, to_hugging_face
-from sample import pick_dtype
-from tests.benchmarks.harness import Works, add_dtype_flag, machine, measure, show
+from model import GPT, generate, pick_dtype, save_file, to_hugging_face
+from tests.benchmarks.harness import (
+    Works,
+    add_dtype_flag,
+    add_repeats_flag,
+    machine,
+    measure,
+    show,
+)
 
 NEW, ACROSS = 120, 300  # new tokens that fit the context of 128, and that do not
 PROMPT = [7454, 2402, 257, 640]  # "Once upon a time"
@@ -51,18 +59,24 @@ def hugging_face(device: str, dtype: torch.dtype) -> Works:
     torch.manual_seed(0)
     model = to_hugging_face(GPT(Config())).to(device, dtype).eval()
     prompt = torch.tensor([PROMPT], device=device)
-    options = dict(do_sample=True, temperature=0.8, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=50256)
-    return {f"1 story, {NEW} tokens": lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)}
+    options = dict(
+        attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=50,
+        min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=50256,
+    )
+    return {f"1 story, {NEW} tokens": lambda: model.generate(prompt, **options)}
 
 
 def products(device: str, dtype: torch.dtype) -> Works:
     """One vector times each matrix of the model, for NEW tokens."""
     model = GPT(Config()).to(device, dtype)
-    matrices = [module.weight.t() for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    matrices = [layer.weight.t() for layer in layers]
     head = model.transformer.wte.weight.detach().t()
-    matrices.append(head.contiguous() if dtype == torch.float32 and device == "cpu" else head)  # as in generate
+    if dtype == torch.float32 and device == "cpu":  # as in generate
+        head = head.contiguous()
+    matrices.append(head)
     torch.backends.mkldnn.enabled = dtype != torch.bfloat16  # for a single row, as in next_logits
-    vectors = {width: torch.randn(1, width, device=device).to(dtype) for width in {len(m) for m in matrices}}
+    vectors = {len(m): torch.randn(1, len(m), device=device).to(dtype) for m in matrices}
 
     def work() -> None:
         with torch.inference_mode():
@@ -75,11 +89,12 @@ def products(device: str, dtype: torch.dtype) -> Works:
 
 def first_token(path: Path, repeats: int) -> list[float]:
     """Seconds from starting sample.py to the first piece of the story behind the prompt."""
-    command = [sys.executable, "sample.py", "--checkpoint", str(path), "--prompt", "A", "--seed", "1"]
+    flags = ["--checkpoint", str(path), "--prompt", "A", "--seed", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen([sys.executable, "sample.py", *flags], **pipes) as process:
             process.stdout.read(2)
             seconds.append(time.perf_counter() - start)
             process.kill()
@@ -88,19 +103,19 @@ def first_token(path: Path, repeats: int) -> list[float]:
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    add_repeats_flag(parser, 7)
     add_dtype_flag(parser)
     args = parser.parse_args(argv)
     repeats = args.repeats
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     fast = pick_dtype(args.dtype, torch.device(device))
-    name = str(fast).removeprefix("torch.")
+    name, setup = str(fast).removeprefix("torch."), functools.partial
     contenders = {
-        "ours": functools.partial(ours, device, fast),
-        "Hugging Face, float32 (its default)": functools.partial(hugging_face, device, torch.float32),
-        f"Hugging Face, {name}": functools.partial(hugging_face, device, fast),
-        f"matrix products alone, {name}": functools.partial(products, device, fast),
+        "ours": setup(ours, device, fast),
+        "Hugging Face, float32 (its default)": setup(hugging_face, device, torch.float32),
+        f"Hugging Face, {name}": setup(hugging_face, device, fast),
+        f"matrix products alone, {name}": setup(products, device, fast),
     }
     if fast == torch.float32:  # the default again
         del contenders["Hugging Face, float32"]
@@ -115,17 +130,20 @@ def main(argv: list[str]) -> None:
         ceiling = next(t.median for n, t in timings.items() if "products" in n) / NEW
         rows.append([
             name, f"{timing.median:.3g} s", timing.spread, f"{tokens / timing.median:,.0f}",
-            f"{timing.median / tokens / base:.2f}x", f"{timing.memory / 1e9:.2f} GB", f"{ceiling * new / timing.median:.0%}",
-        ])  # fmt: skip
+            f"{timing.median / tokens / base:.2f}x", f"{timing.memory / 1e9:.2f} GB",
+            f"{ceiling * new / timing.median:.0%}",
+        ])
     print(machine(cuda))
-    columns = ["", "median", "spread", "tokens/s", "time a token, ours 1", "peak memory", "of ceiling"]
+    columns = ["", "median", "spread", "tokens/s", "time a token, ours 1", "peak memory",
+               "of ceiling"]
     show("Tokens drawn, temperature 0.8, top-k 50", columns, rows)
     with tempfile.TemporaryDirectory() as folder:
         save_file(Path(folder, "model.pt"), Config(), GPT(Config()))
         seconds = sorted(first_token(Path(folder, "model.pt"), repeats))
-    print(f"\nsample.py from start to first token: {seconds[repeats // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})")
+    print(f"\nsample.py from start to first token: {seconds[repeats // 2]:.2f} s "
+          f"({seconds[0]:.2f} to {seconds[-1]:.2f})")
     print(f"16 stories at once: {one * 16 / sixteen:.1f} times the tokens/s of one")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,4 +1,5 @@
-"""Contenders side by side: each in a process of its own, in turns, so that what disturbs one disturbs all.
+"""Contenders side by side: each in a process of its own, in turns, so that what disturbs one
+disturbs all.
 
 A contender is a function that sets up and returns its works, `{name: function}`. It runs in a
 fresh process, since allocators and thread pools are a process's own.
@@ -17,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from config import DTYPES, Parser, add_flag
 
-from config import DTYPE, Parser, parser_of
+import torch
 
 Works = dict[str, Callable[[], Any]]
 
@@ -39,13 +40,15 @@ class Timing(NamedTuple):
         return f"{min(self.seconds):.3g} to {max(self.seconds):.3g}"
 
 
-def measure(contenders: dict[str, Callable[[], Works]], repeats: int, cuda: bool = False) -> dict[str, Timing]:
+def measure(
+    contenders: dict[str, Callable[[], Works]], repeats: int, cuda: bool = False
+) -> dict[str, Timing]:
     """Timings under `contender` or, where it has several works, `contender: work`."""
     processes = {name: Process(setup, cuda) for name, setup in contenders.items()}
     try:
         jobs = [(name, work) for name, process in processes.items() for work in process.answer()]
-        for name, work in jobs:
-            processes[name].ask("time", work)  # the first time is not kept: it compiles, and takes memory
+        for name, work in jobs:  # the first time is not kept: it compiles, and takes memory
+            processes[name].ask("time", work)
         seconds = {job: [] for job in jobs}
         for _ in range(repeats):
             for name, work in jobs:
@@ -54,7 +57,11 @@ def measure(contenders: dict[str, Callable[[], Works]], repeats: int, cuda: bool
     finally:
         for process in processes.values():
             process.end()
-    return {f"{name}: {work}" if work else name: Timing(seconds[name, work], memory[name, work]) for name, work in jobs}
+    timings = {}
+    for name, work in jobs:
+        label = f"{name}: {work}" if work else name
+        timings[label] = Timing(seconds[name, work], memory[name, work])
+    return timings
 
 
 class Process:
@@ -62,7 +69,8 @@ class Process:
 
     def __init__(self, setup: Callable[[], Works], cuda: bool):
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, setup, cuda), daemon=True)
+        spawn = multiprocessing.get_context("spawn")
+        self.process = spawn.Process(target=serve, args=(theirs, setup, cuda), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -108,7 +116,8 @@ def host_memory(work: Callable[[], Any]) -> int:
     if platform.system() != "Linux":
         return 0
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
         trim(0)  # what is free goes back first
     idle = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -117,8 +126,9 @@ def host_memory(work: Callable[[], Any]) -> int:
 
 
 def status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    """A size in /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def cuda_memory(work: Callable[[], Any]) -> int:
@@ -134,19 +144,26 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     print(f"\n{title}\n")
     for row in [columns, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("| " + " | ".join(cells) + " |")
 
 
 def add_dtype_flag(parser: Parser) -> None:
-    text = "of all but the rows of float32: auto (the fastest the device has), float32, bfloat16 or float16"
-    parser.add_argument("--dtype", type=parser_of(str, DTYPE), metavar="D", default="auto", help=text)
+    help = "of all but the rows of float32; auto is the device's fastest"
+    add_flag(parser, "dtype", str, "auto", help, one_of=DTYPES)
+
+
+def add_repeats_flag(parser: Parser, default: int) -> None:
+    add_flag(parser, "repeats", int, default, "times that each work is timed", at_least=1)
 
 
 def machine(cuda: bool = False) -> str:
     """What the figures were measured on: processor, threads, versions."""
-    info = Path("/proc/cpuinfo")
+    info, processor = Path("/proc/cpuinfo"), platform.machine()
     lines = info.read_text().splitlines() if info.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    device = torch.cuda.get_device_name() if cuda else f"{processor}, {os.cpu_count()} cores"
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "tiktoken", "datasets"))
-    return f"{device}; Python {platform.python_version()}, {packages}"
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{[*names, processor][0]}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if cuda else processor
+    packages = ("torch", "transformers", "tiktoken", "datasets")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{device}; Python {platform.python_version()}, {versions}"

@@ -1,0 +1,194 @@
+"""Draws the losses of runs: `python -m plots.loss_curve out/a out/b`, and prints a table of them.
+
+One run is drawn as train.py draws it, which calls `draw_run` at evaluations. Several share one
+axis, and are named by the settings in which they differ, which run.json beside a log.csv holds.
+"""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import Parser, UserError, add_flag, atomic_write, cli, notice
+
+os.environ["MPLBACKEND"] = "agg"  # only files are drawn, whatever a notebook has set
+PUBLISHED = Path(__file__).with_name("published_reference.csv")
+ELSEWHERE = ("out_dir", "plot_dir", "checkpoint_minutes")  # settings that make no other run
+Row = dict[str, float]  # of a log.csv
+
+
+class Run(NamedTuple):
+    """A log, by its folder's name or the user's, and what run.json says, where there is one."""
+
+    name: str
+    log: list[Row]
+    settings: dict[str, Any] = {}
+    own: tuple[str, ...] = ()  # settings that are not its preset's
+    final: str = "-"  # score
+
+    def best(self) -> Row:
+        return min(self.log, key=lambda row: row["val_loss"])
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("Draws the losses of one run, with its learning rate, or of several on one "
+                    "axis; prints a table of them, the best first.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder or log.csv; LABEL=RUN "
+                        "names it")
+    add_flag(parser, "x", str, None, "what the losses are drawn over; tokens if not given",
+             one_of=("tokens", "iteration", "seconds"))
+    parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
+    add_flag(parser, "level", float, None, "a loss at which to draw a line")
+    add_flag(parser, "out", str, None, "the PNG to write; plots/<run>.png, or plots/runs.png for "
+             "several, if not given")
+    args = parser.parse_args(argv)
+    runs = [read_run(text) for text in args.runs]
+    run, single = runs[0], len(runs) == 1
+    out = Path(args.out or Path(__file__).with_name(f"{run.name if single else 'runs'}.png"))
+    if single and "learning_rate" in run.log[0] and not (args.x or args.log or args.level):
+        published = run.settings.get("preset") == "reference"
+        draw_run(out, run.name, run.log, published=published)
+    else:
+        draw_runs(out, runs, args.x or "tokens", args.log, args.level)
+    notice(f"wrote {out}")
+    rows = []
+    for run in sorted(runs, key=lambda run: run.best()["val_loss"]):
+        last, best = run.log[-1], run.best()
+        counts = [f"{last[x]:,.0f}" if x in last else "-" for x in ("tokens", "seconds")]
+        losses = [f"{best[name]:.4f}" for name in ("train_loss", "val_loss")]
+        rows.append([run.name, differences(run, runs) or "-", *counts, *losses, run.final])
+    print_table(["run", "differs in", "tokens", "seconds", "train loss", "val loss", "final score"],
+                rows)
+
+
+def read_run(text: str) -> Run:
+    """The run that [LABEL=]PATH names. UserError if there is none, or it cannot be read."""
+    label, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+    log = Path(path).expanduser()
+    log = log / "log.csv" if log.is_dir() else log
+    record = log.with_name("run.json")
+    if log.name != "log.csv" or not record.exists():
+        name = log.resolve().parent.name if log.name == "log.csv" else log.stem
+        return Run(label or name, read_log(log))
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        final, score = facts["final"], "-"
+        if final:
+            score = f"{final['val_loss']:.4f}"
+            if final["tokens_scored"] < final["tokens"]:
+                score += f" on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
+        settings, own = dict(facts["settings"]), tuple(facts["differs"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{record} is not a run.json of train.py") from None
+    return Run(label or log.resolve().parent.name, read_log(log), settings, own, score)
+
+
+def read_log(path: Path) -> list[Row]:
+    """The rows of a log.csv. UserError if it is none."""
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows.append({name: float(value) for name, value in row.items()})
+                if math.isnan(rows[-1]["val_loss"]):  # of a run that diverged: the worst there is
+                    rows[-1]["val_loss"] = math.inf
+    except (ValueError, TypeError, KeyError, csv.Error):  # not UTF-8, numbers, or these columns
+        rows = []
+    if not rows or not {"iteration", "train_loss", "val_loss"} <= rows[0].keys():
+        raise UserError(f"{path} is not a log.csv of train.py")
+    return rows
+
+
+def differences(run: Run, runs: list[Run]) -> str:
+    """The settings that the run does not share with all others, in words. Of runs of several
+    presets: the preset, and what the run changed of it.
+    """
+    known = [other.settings for other in runs if other.settings]
+    varied = []
+    for name, value in run.settings.items():
+        if name not in ELSEWHERE and any(other.get(name) != value for other in known):
+            varied.append(name)
+    if "preset" in varied:
+        varied = [name for name in varied if name == "preset" or name in run.own]
+    return ", ".join(f"{name} {run.settings[name]}" for name in varied)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns on stdout: words to the left, numbers to the right."""
+    columns = [*zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        cells = []
+        for cell, column in zip(row, columns, strict=True):
+            width, words = max(map(len, column)), any(text[:1].isalpha() for text in column[1:])
+            cells.append(cell.ljust(width) if words else cell.rjust(width))
+        print("  ".join(cells).rstrip())
+
+
+def draw_run(
+    path: Path, title: str, log: list[Row], planned: list[tuple[int, float]] | None = None,
+    published: bool = False,
+) -> None:
+    """Writes a PNG: losses over iterations, the learning rate below.
+
+    `log` has the rows of log.csv. `planned` is the schedule, (iteration, rate), a line behind
+    the dots of the rates that were used. `published` puts the reference run's curve behind.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    if published:
+        rows = read_log(PUBLISHED)
+        losses.plot([row["iteration"] for row in rows], [row["val_loss"] for row in rows],
+                    color="0.7", linewidth=5, label="validation, published reference run")
+    at = [row["iteration"] for row in log]
+    losses.plot(at, [row["train_loss"] for row in log], "o-", markersize=3, label="train")
+    losses.plot(at, [row["val_loss"] for row in log], "o-", markersize=3, label="validation")
+    losses.set_title(title, parse_math=False)
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend()
+    if planned:
+        rates.plot(*zip(*planned, strict=True), color="tab:green")
+    rates.plot(at, [row["learning_rate"] for row in log], "o", markersize=3, color="tab:green")
+    rates.set(xlabel="iteration", ylabel="learning rate")
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    write_figure(figure, path)
+
+
+def draw_runs(path: Path, runs: list[Run], x: str, log_axis: bool, level: float | None) -> None:
+    """Writes a PNG: the validation losses of all runs over `x`, a column of their logs."""
+    from matplotlib.figure import Figure
+
+    figure, published = Figure(figsize=(9, 5.5), layout="constrained"), read_log(PUBLISHED)
+    axes = figure.subplots()
+    for run in runs:
+        if x not in run.log[0]:
+            raise UserError(f"the log of {run.name} has no {x}: choose another --x")
+        label = f"{run.name}: {differences(run, runs)}".removesuffix(": ")
+        at, losses = [row[x] for row in run.log], [row["val_loss"] for row in run.log]
+        if run.log == published:
+            axes.plot(at, losses, color="0.7", linewidth=5, label=label)
+        else:
+            axes.plot(at, losses, "o-", markersize=3, label=label)
+    if level is not None:
+        axes.axhline(level, color="0.5", linewidth=1, linestyle=":")
+        axes.annotate(f"{level:g}", (0.01, level), (0, 3), xycoords=axes.get_yaxis_transform(),
+                      textcoords="offset points", color="0.4", fontsize=9)
+    axes.set(xlabel=x, ylabel="validation loss (nats per token)",
+             xscale="log" if log_axis else "linear")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    cli(main)

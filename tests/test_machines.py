@@ -1,0 +1,431 @@
+"""Odd surroundings: nothing that is not training ends a run, and `auto` means what works here.
+
+Pictures that cannot be drawn, terminals that go away, compilers that do not work, variables left
+behind by a platform, file systems without modes or locks, Windows without fcntl.
+"""
+
+import builtins
+import contextlib
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import config
+from config import Lossy, UserError, atomic_write, cli, lock_folder
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    check_equal,
+    files_in,
+    main,
+    new_run,
+    refusal,
+    run_script,
+    snapshot,
+    tiny,
+)
+
+import model as gpt
+import sample
+import train
+
+pytestmark = pytest.mark.usefixtures("one_thread", "signals")
+SHORT = TINY | dict(max_iters=8, lr_decay_iters=8, eval_interval=4)
+
+
+def run_short(data: Path, folder: Path, *argv: str, **flags) -> str:
+    """A run of two steps in `folder`; what it said on stderr."""
+    places = dict(data_dir=data, out_dir=folder / "out", plot_dir=folder / "plots")
+    return main(*argv, **SHORT | places | flags)[1]
+
+
+# ------------------------------------------------------------------------------- A. Pictures
+
+
+def fails(*args, **kwargs):
+    raise ImportError("no module named matplotlib\nand more lines")
+
+
+@pytest.mark.parametrize("kind", ["import", "disk", "file", "read-only"])
+def test_a_picture_that_cannot_be_drawn_is_one_notice_and_the_run_goes_on(
+    data, tmp_path, monkeypatch, kind
+):
+    flags = {}
+    if kind == "import":
+        monkeypatch.setattr(train, "draw_run", fails)
+    if kind == "disk":
+        monkeypatch.setattr(train, "draw_run", lambda *a, **k: (_ for _ in ()).throw(OSError(28)))
+    if kind == "file":
+        (tmp_path / "file").touch()
+        flags["plot_dir"] = tmp_path / "file"
+    if kind == "read-only":
+        flags["plot_dir"] = "/proc/plots"
+    said = run_short(data, tmp_path, **flags)
+    assert said.count("no picture") == 1 and "validation loss" in said
+    assert said.index("no picture") < said.index("iteration 4:")  # at the start
+    assert (tmp_path / "out" / "model.pt").exists()
+
+
+def test_a_plot_folder_that_vanishes_is_made_again(data, tmp_path, monkeypatch):
+    real = train.evaluate
+
+    def evaluate(*args):
+        for path in (tmp_path / "plots").glob("*"):
+            path.unlink()
+        (tmp_path / "plots").rmdir()
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert "no picture" not in run_short(data, tmp_path, max_iters=4)
+    assert (tmp_path / "plots" / "out.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["nosuch", "module://matplotlib_inline.backend_inline"])
+def test_the_backend_of_a_notebook_does_not_matter(tmp_path, backend):
+    code = """
+from pathlib import Path
+from plots.loss_curve import draw_run
+log = [dict(iteration=i, train_loss=9.0, val_loss=9.1, learning_rate=1e-4) for i in (1, 2)]
+draw_run(Path("a.png"), "out/$x_{y$ and %s", log)
+"""
+    done = run_script(tmp_path, "-c", code, MPLBACKEND=backend, PYTHONPATH=str(ROOT))
+    assert done.status == 0, done.stderr
+    assert files_in(tmp_path) == ["a.png"]
+
+
+# -------------------------------------------------------------------------------- A. Streams
+
+
+class Gone(io.StringIO):
+    """A terminal that went away."""
+
+    def write(self, text: str = "") -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    flush = write
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Lossy(Gone()))
+    places = dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
+    train.main([f"--{name}={value}" for name, value in (SHORT | places).items()])
+    assert {"model.pt", "ckpt.pt", "log.csv"} <= set(files_in(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("stream", [Gone(), None, types.SimpleNamespace(write=print)])
+def test_cli_takes_any_stream(monkeypatch, stream):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with pytest.raises(SystemExit) as end:
+        cli(lambda argv: (_ for _ in ()).throw(UserError("a line")))
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_descriptor_is_never_the_number_of_a_file(tmp_path, closed):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import config
+file = open("file", "w")
+assert file.fileno() > 2
+def main(argv):
+    print("a story")
+    config.notice("a notice")
+    file.write("whole")
+config.cli(main)
+"""
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(f"{sys.executable} script.py {closed}", shell=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_stdout_that_is_no_text_file_is_written_to(monkeypatch):
+    """As that of a notebook's %run: it has neither reconfigure nor buffer."""
+    written = []
+    stream = types.SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    cli(lambda argv: print("a story"))
+    assert "".join(written) == "a story\n"
+
+
+def test_a_stdin_that_is_no_text_file_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: "One day\n"))
+    assert sample.read_prompt("-") == "One day"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample.read_prompt("-") == ""
+
+
+# -------------------------------------------------------------------------------- B. Compiling
+
+
+def no_compiler(self) -> None:
+    raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n" * 80)
+
+
+def test_compile_auto_falls_back_in_one_line_and_computes_what_false_computes(
+    data, tmp_path, monkeypatch
+):
+    run_short(data, tmp_path / "false")
+    monkeypatch.setattr(gpt.GPT, "compile_parts", no_compiler)
+    said = run_short(data, tmp_path / "auto", compile="auto")
+    [line] = [line for line in said.splitlines() if "compiler" in line]
+    assert line.startswith("not compiled, since") and len(line) < 300
+    check_equal(tmp_path / "auto" / "out", tmp_path / "false" / "out")
+
+
+def test_compile_true_is_refused_before_anything_old_is_touched(data, tmp_path, monkeypatch):
+    run_short(data, tmp_path)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(gpt.GPT, "compile_parts", no_compiler)
+    with pytest.raises(UserError, match="--compile false") as mistake:
+        run_short(data, tmp_path, "--overwrite", compile="true")
+    assert "\n" not in str(mistake.value)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no compiler", "no headers", "no cache"])
+def test_a_compiler_that_does_not_work_is_one_line(data, tmp_path, kind):
+    env = dict(CXX="/nonexistent/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    if kind == "no headers":  # a g++ that cannot find Python.h, or anything
+        script = tmp_path / "g++"
+        script.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+        script.chmod(0o755)
+        env["CXX"] = str(script)
+    if kind == "no cache":
+        env = dict(TORCHINDUCTOR_CACHE_DIR="/proc/cache")
+    places = dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
+    flags = [f"--{k}={v}" for k, v in (SHORT | places | dict(compile="auto")).items()]
+    done = run_script(tmp_path, "train.py", *flags, **env)
+    assert done.status == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "not compiled, since torch.compile does not work here" in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+
+
+def test_overwrite_removes_nothing_until_there_is_something_to_put_there(
+    data, tmp_path, monkeypatch
+):
+    run_short(data, tmp_path)
+    again = shutil.copytree(tmp_path / "out", tmp_path / "again")  # "out" is still held
+    before = snapshot(again)
+    flags = dict(out_dir=again, learning_rate=1e30, min_lr=1e30)
+    assert "not finite" in refusal(run_short, data, tmp_path, "--overwrite", **flags)
+    for name in ("model.pt", "ckpt.pt", "log.csv"):
+        assert (again / name).read_bytes() == before[name]
+
+
+def test_the_first_files_of_a_run_that_overwrites_drop_those_that_do_not_belong_to_them(
+    data, tmp_path, monkeypatch
+):
+    """Killed between its first model.pt and ckpt.pt, it must not be resumed as the old run."""
+    run_short(data, tmp_path)
+    run = new_run(tiny(data, tmp_path))
+    run.replaces, saved = True, []
+    monkeypatch.setattr(gpt, "save_file", lambda path, *args, **kwargs: saved.append(path.name))
+    train.save_checkpoint(run, train.evaluate(run, 4, 1.0))
+    assert saved == ["model.pt", "ckpt.pt"]
+    assert files_in(tmp_path / "out") == ["log.csv", "model.pt", "run.json"]
+    assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 2
+
+
+# --------------------------------------------------------------------- E. Paths and environment
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides, _ = train.parse_command_line(["--out_dir=~/runs", "--dataset=~/f.txt"])
+    assert overrides == {"out_dir": f"{tmp_path}/runs", "dataset": f"{tmp_path}/f.txt"}
+    assert config.Config(plot_dir="~/plots").plot_dir == f"{tmp_path}/plots"
+    assert sample.parse_command_line(["--checkpoint=~/m.pt"]).checkpoint == f"{tmp_path}/m.pt"
+
+
+@pytest.mark.parametrize(
+    "left", [dict(WORLD_SIZE="1"), dict(RANK=""), dict(RANK="0"), dict(WORLD_SIZE="4", RANK="2"),
+             dict(WORLD_SIZE="x"), dict(LOCAL_RANK="0", MASTER_ADDR="localhost")], ids=str,
+)
+def test_what_a_platform_left_in_the_environment_is_not_torchrun(monkeypatch, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    ranks = train.Ranks(torch.device("cpu"))
+    assert (ranks.rank, ranks.size, ranks.launched) == (0, 1, False)
+
+
+def test_ranks_that_are_no_numbers_are_named(monkeypatch):
+    places = dict(MASTER_ADDR="localhost", MASTER_PORT="1", WORLD_SIZE="2", LOCAL_RANK="0")
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "first")
+    assert "RANK" in refusal(train.Ranks, torch.device("cpu"))
+
+
+def test_a_file_system_without_modes_is_written_to(monkeypatch, tmp_path):
+    def chmod(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    with atomic_write(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_resume_without_its_data_names_the_folder_and_makes_nothing(data, tmp_path, monkeypatch):
+    run_short(data, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    content["config"]["data_dir"] = "data/gone"
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    before = snapshot(tmp_path)
+    assert "data/gone" in refusal(main, "--resume", out_dir=tmp_path / "out", max_iters=12)
+    assert snapshot(tmp_path) == before
+
+
+OUT_OF_MEMORY = [MemoryError(), RuntimeError("[enforce fail] can't allocate memory"),
+                 RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")]
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_memory_that_runs_out_is_one_line_that_says_what_to_halve(monkeypatch, capsys, kind):
+    monkeypatch.setattr(sys, "argv", ["x"])
+
+    def work(argv):
+        raise kind
+
+    with pytest.raises(SystemExit) as end:
+        cli(work)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert "--device_batch_size" in line and "--num_samples" in line
+
+
+def test_another_runtime_error_is_not_called_memory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+
+    def work(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli(work)
+
+
+# ----------------------------------------------------------------------------------- F. Words
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [("--lr", "--learning_rate"), ("--epochs", "--max_epochs"), ("--steps", "--max_iters"),
+     ("--batch", "--batch_size"), ("--ctx", "--block_size"), ("--wandb", "--tensorboard"),
+     ("--num-epochs", "--max_epochs"), ("--wd", "--weight_decay"), ("--output_dir", "--out_dir")],
+)
+def test_names_from_elsewhere_are_known(typed, meant):
+    assert f"did you mean {meant}?" in refusal(train.parse_command_line, [typed, "1"])
+
+
+def test_what_is_meant_is_understood():
+    overrides, _ = train.parse_command_line(
+        ["--compile", "False", "--max_iters", "1e4", "--eval_interval=2.0e3", "--bias", "TRUE"])
+    assert overrides.pop("max_epochs") is None
+    assert overrides == dict(compile="false", max_iters=10_000, eval_interval=2000, bias=True)
+    assert "whole number" in refusal(train.parse_command_line, ["--max_iters", "1.5e0"])
+
+
+def test_a_prompt_that_begins_with_a_dash_is_told_how_to_be_typed():
+    assert "--prompt=-Pip" in refusal(sample.parse_command_line, ["--prompt", "-Pip"])
+    assert sample.parse_command_line(["--prompt=-Pip"]).prompt == "-Pip"
+
+
+def test_a_printed_command_is_quoted_for_the_shell(data, tmp_path):
+    out = tmp_path / "my run's"
+    run_short(data, tmp_path, out_dir=out)
+    said = main("--resume", out_dir=out)[1]
+    command = said.strip().rpartition(": ")[2]
+    words = subprocess.run(f"printf '%s\\n' {command}", shell=True, capture_output=True, text=True)
+    assert words.stdout.splitlines()[-1] == str(out)
+
+
+# ------------------------------------------------------------------------ G. Windows and Macs
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """No fcntl, no SIGHUP, no ctypes.CDLL(None); msvcrt in their place."""
+    real, locked = builtins.__import__, set()
+
+    def without(name, *args, **kwargs):
+        if name in ("fcntl", "resource", "pwd", "termios"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    def locking(handle: int, mode: int, size: int) -> None:
+        place = os.fstat(handle).st_ino
+        if place in locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        locked.add(place)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.delattr(train.signal, "SIGHUP")
+    monkeypatch.setattr(train.sys, "platform", "win32")
+    return locked
+
+
+def test_the_whole_path_runs_without_fcntl(windows, tmp_path):
+    import prepare_data
+
+    (tmp_path / "tales.txt").write_text("<|endoftext|>".join(f"A tale of {n}." for n in range(300)))
+    text = str(tmp_path / "tales.txt")
+    prepare_data.prepare(text, tmp_path / "data", text, num_threads=1)
+    assert "validation loss" in run_short(tmp_path / "data", tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        sample.main(["--checkpoint", str(tmp_path / "out" / "model.pt"), "--max_new_tokens", "3"])
+    assert out.getvalue().startswith("Once upon a time")
+    assert len(windows) == 2  # the data's folder and the run's
+
+
+def test_a_folder_is_held_without_fcntl_too(windows, tmp_path):
+    assert lock_folder(tmp_path) is not None
+    assert lock_folder(tmp_path) is None
+
+
+def test_a_file_system_without_locks_is_used_without(monkeypatch, tmp_path):
+    import fcntl
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert lock_folder(tmp_path) is not None and lock_folder(tmp_path) is not None
+
+
+def test_mps_takes_float32_and_is_not_picked_by_auto(monkeypatch):
+    mps = torch.device("mps")
+    assert gpt.pick_dtype("auto", mps) == gpt.pick_dtype("float32", mps) == torch.float32
+    assert "float32" in refusal(gpt.pick_dtype, "bfloat16", mps)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "--device cpu" in refusal(gpt.pick_device, "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert gpt.pick_device("mps") == mps and gpt.pick_device("auto").type != "mps"
+
+
+def test_config_is_imported_before_torch_and_sets_what_torch_reads_then():
+    code = "import sys, config; assert 'torch' not in sys.modules; import os; " \
+           "print(os.environ['GOMP_SPINCOUNT'])"
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}):
+        env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env,
+                              capture_output=True, text=True)
+        assert done.stdout.strip() == given.get("GOMP_SPINCOUNT", "1000"), done.stderr
+    for script in ("train.py", "sample.py", "model.py"):
+        text = (ROOT / script).read_text()
+        assert text.index("\nfrom config import") < text.index("\nimport torch")

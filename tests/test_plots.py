@@ -1,0 +1,244 @@
+"""plots/: attention maps against Hugging Face's, heads made by hand, tables of runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from config import Config, UserError
+
+import pytest
+import torch
+
+from model import GPT, save_file, to_hugging_face
+from plots import attention, loss_curve
+from plots.attention import attention_maps, head_name, head_table, silence_each, silenced
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(Config(**SMALL, vocab_size=50)).eval()
+    for weight in model.parameters():  # far from even attention
+        weight.data += 0.3 * torch.randn_like(weight)
+    return model
+
+
+def test_attention_maps_are_those_of_hugging_face(model):
+    ids = torch.randint(50, (12,))
+    theirs = to_hugging_face(model).eval()
+    theirs.set_attn_implementation("eager")
+    expected = torch.cat(theirs(ids[None], output_attentions=True).attentions)
+    torch.testing.assert_close(attention_maps(model, ids), expected, rtol=0, atol=1e-5)
+    pair = torch.stack([ids, ids.flip(0)])
+    torch.testing.assert_close(attention_maps(model, pair)[:, 0], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_silencing_a_head_is_zeroing_its_columns_of_the_projection(model, monkeypatch):
+    windows = torch.randint(50, (6, 17)) % 20
+    loss, rises = silence_each(model, windows, torch.float32)
+    monkeypatch.setattr(attention, "COVERED", 1.0)
+    exact = silence_each(model, windows, torch.float32)[1]
+    intact = torch.stack([model(w[None, :-1], w[None, 1:]) for w in windows])
+    assert loss == pytest.approx(intact.mean().item(), abs=1e-5)
+    for layer in range(2):
+        for head in range(2):
+            weight = model.transformer.h[layer].attn.c_proj.weight
+            kept = weight.clone()
+            weight[:, 16 * head : 16 * head + 16] = 0
+            zeroed = torch.stack([model(w[None, :-1], w[None, 1:]) for w in windows])
+            features = model.features(windows[:, :-1])
+            weight.copy_(kept)
+            with silenced(model, layer, head):
+                torch.testing.assert_close(model.features(windows[:, :-1]), features)
+            # To first order in the rarest ids; with all of them, exactly.
+            torch.testing.assert_close(rises[layer, head], zeroed - intact, rtol=0.01, atol=1e-3)
+            torch.testing.assert_close(exact[layer, head], zeroed - intact, rtol=0, atol=1e-5)
+
+
+def test_hooks_are_gone_after_use(model):
+    before = model.features(torch.arange(5)[None])
+    attention_maps(model, torch.arange(5))
+    with silenced(model, 0, 1):
+        assert not torch.equal(model.features(torch.arange(5)[None]), before)
+    assert torch.equal(model.features(torch.arange(5)[None]), before)
+
+
+@pytest.mark.parametrize("name", ["previous token", "first token", "same token", "itself", "broad"])
+@torch.no_grad()
+def test_a_head_made_by_hand_is_named_after_what_it_does(name):
+    """Positions (or, for the same token, ids) are unit vectors; the key of what is to be found is
+    the query's own vector.
+    """
+    size = 16
+    model = GPT(Config(n_layer=1, n_head=1, n_embd=size, block_size=size, vocab_size=size))
+    ids = torch.tensor([1, 2, 3, 4] * 4)
+    unit = torch.eye(size)
+    target = {"previous token": unit.roll(-1, dims=0), "first token": 0 * unit,
+              "broad": 0 * unit}.get(name, unit)
+    tokens, positions = model.transformer.wte.weight, model.transformer.wpe.weight
+    tokens.copy_(unit * (name == "same token"))
+    positions.copy_(unit * (name != "same token"))
+    project = model.transformer.h[0].attn.c_attn
+    project.bias.zero_()
+    project.weight[:size] = 4 * target  # column i: what position i looks for
+    project.bias[:size] = 20 * unit[0] * (name == "first token")
+    project.weight[size : 2 * size] = unit
+    table = head_table(model.eval(), ids[None])
+    assert head_name(table, 0, 0) == name
+    if name == "previous token":
+        assert table["previous"].item() > 0.9 and abs(table["back"].item() - 1) < 0.2
+
+
+def test_what_followed_earlier_copies_is_found():
+    found = attention.places(torch.tensor([[7, 8, 9, 7, 8]]))
+    assert found["after"][0].nonzero().tolist() == [[3, 1], [4, 2]]
+    assert found["same"][0].nonzero().tolist() == [[3, 0], [4, 1]]
+
+
+def test_tokens_are_drawn_so_that_spaces_and_parts_of_letters_can_be_seen():
+    assert attention.visible(b" time") == "␣time"
+    assert attention.visible(b"\n") == "↵"
+    assert attention.visible("é".encode()) == "é"
+    assert attention.visible("😀".encode()[:3]) == "<F0><9F><98>"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    torch.manual_seed(0)
+    config = Config(**SMALL)
+    save_file(tmp_path / "model.pt", config, GPT(config))
+    return str(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--layer", "1", "--head", "0"], ["--prompt", ""],
+    ["--prompt", "Costs $5, $6 \U0001f600 好\n" * 9],
+])
+def test_the_program_draws_and_prints_a_line_a_head(checkpoint, tmp_path, capsys, recwarn, extra):
+    out = tmp_path / "new" / "a.png"
+    attention.main(["--checkpoint", checkpoint, "--out", str(out), *extra])
+    lines = capsys.readouterr().out.splitlines()
+    assert out.read_bytes()[:4] == PNG
+    assert ["".join(line.split()[:2]) for line in lines[1:5]] == ["00", "01", "10", "11"]
+    assert "previous" in lines[0] and "worth" in lines[0]
+    assert not [str(w.message) for w in recwarn if "lyph" in str(w.message)]
+
+
+def test_over_validation_text_the_table_says_what_a_head_is_worth(checkpoint, tmp_path, capsys):
+    from prepare_data import main as prepare
+
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(f"Once upon a time, {n} cats." for n in range(40)))
+    prepare(["--dataset", str(text), "--data_dir", str(tmp_path / "data"), "--val_fraction", "0.5"])
+    capsys.readouterr()
+    attention.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "a.png"),
+                    "--data_dir", str(tmp_path / "data")])
+    out = capsys.readouterr().out
+    assert "windows of 16 tokens" in out and "loss 10.8" in out
+    worth = [line.split("  ")[-1].strip() for line in out.splitlines()[1:5]]
+    assert all(w == "0" or " ± " in w for w in worth)
+
+
+@pytest.mark.parametrize("module, flags, message", [
+    ("attention", ["--checkpoint", "none.pt"], "no checkpoint none.pt"),
+    ("attention", ["--layer", "1"], "--layer and --head go together"),
+    ("attention", ["--checkpoint", "MODEL", "--layer", "2", "--head", "0"], "layers up to 1"),
+    ("attention", ["--checkpoint", "MODEL", "--data_dir", "nowhere"], "meta.json is missing"),
+    ("loss_curve", [], "required"),
+    ("loss_curve", ["none"], "none"),
+    ("loss_curve", ["MODEL"], "is not a log.csv"),
+    ("loss_curve", ["a", "--x", "epochs"], "it must be a text, one of tokens, iteration, seconds"),
+])
+def test_wrong_input_is_one_error(checkpoint, module, flags, message):
+    flags = [checkpoint if flag == "MODEL" else flag for flag in flags]
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        {"attention": attention, "loss_curve": loss_curve}[module].main(flags)
+
+
+def test_wrong_input_ends_in_one_line_and_status_2():
+    run = subprocess.run([sys.executable, "-m", "plots.loss_curve", "none.csv"], text=True,
+                         capture_output=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------
+# Runs side by side
+
+LOG = "iteration,tokens,train_loss,val_loss,learning_rate,seconds\n"
+
+
+def make_run(folder: Path, losses: list[float], **settings) -> str:
+    folder.mkdir()
+    rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}" for i, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text(LOG + "\n".join(rows) + "\n")
+    if settings:
+        record = dict(settings=settings, final=None,
+                      differs={"learning_rate": 1} if settings["learning_rate"] != 1 else {})
+        (folder / "run.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
+    same = dict(preset="demo", seed=1)
+    runs = [make_run(tmp_path / "slow", [4, 3], learning_rate=1, out_dir="a", **same),
+            make_run(tmp_path / "fast", [4, 2, 2.5], learning_rate=2, **same),
+            make_run(tmp_path / "lost", [float("nan")], learning_rate=9, **same),
+            make_run(tmp_path / "bare", [3.5])]
+    record = json.loads((tmp_path / "fast" / "run.json").read_text())
+    record["final"] = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
+    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
+    loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "fast", "slow", "bare", "lost"]
+    assert lines[1].split()[1:7] == ["learning_rate", "2", "3,000", "3", "2.0000", "2.0000"]
+    assert lines[1].endswith("2.1250 on 1,000 of 5,000 tokens")
+    assert lines[3].split()[1] == "-"  # nothing is known of its settings
+    assert (tmp_path / "runs.png").read_bytes()[:4] == PNG
+
+
+def test_runs_of_two_presets_are_told_apart_by_the_preset_and_what_was_typed():
+    settings = dict(preset="demo", n_embd=96, learning_rate=2)
+    demo = loss_curve.Run("a", [], settings, ["learning_rate"], "-")
+    settings = dict(preset="tuned", n_embd=384, learning_rate=1)
+    tuned = loss_curve.Run("b", [], settings, [], "-")
+    assert loss_curve.differences(demo, [demo, tuned]) == "preset demo, learning_rate 2"
+    assert loss_curve.differences(tuned, [demo, tuned]) == "preset tuned"
+
+
+def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(loss_curve, "draw_run", lambda *args, **more: calls.append((args, more)))
+    run = make_run(tmp_path / "one", [4, 3], preset="reference", learning_rate=1)
+    loss_curve.main([run, "--out", str(tmp_path / "a.png")])
+    log = loss_curve.read_log(tmp_path / "one" / "log.csv")
+    assert calls == [((tmp_path / "a.png", "one", log), {"published": True})]
+
+
+@pytest.mark.parametrize("x", ["tokens", "iteration", "seconds"])
+def test_labels_a_level_and_each_x(tmp_path, capsys, x):
+    run = make_run(tmp_path / "one", [4, 3])
+    out = tmp_path / "new" / "a.png"
+    flags = ["--x", x, "--log", "--level", "2.9", "--out", str(out)]
+    loss_curve.main([f"lr=1e-3={run}/log.csv", *flags])
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "lr=1e-3"
+    assert out.read_bytes()[:4] == PNG
+
+
+def test_a_column_that_a_log_lacks_is_told(tmp_path):
+    with pytest.raises(UserError, match="has no seconds"):
+        loss_curve.main([str(loss_curve.PUBLISHED), "--x", "seconds"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}',
+                                  '{"settings": 1, "differs": {}, "final": null}'])
+def test_a_broken_record_is_told(tmp_path, text):
+    run = Path(make_run(tmp_path / "one", [4]))
+    (run / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json is not a run.json of train.py"):
+        loss_curve.main([str(run), "--out", str(tmp_path / "a.png")])
