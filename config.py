@@ -35,6 +35,9 @@ for number in (0, 1, 2):
         os.fstat(number)
     except OSError:
         os.open(os.devnull, os.O_RDWR)
+# Ctrl-C while torch is imported is no traceback either.
+sys.excepthook = lambda kind, *problem: (
+    None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *problem))
 # PyTorch's threads spin while they wait for each other, which starves them beside another job.
 # Read when torch is imported, by PyTorch builds that use GNU's OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -82,7 +85,8 @@ class Config:
     device_batch_size: int | None = setting(None, "sequences on the device at once, for memory "
                                             "and speed; else batch_size", at_least=1)  # fmt: skip
     max_iters: int = setting(10_000, "iterations in the run; nanoGPT counts steps", at_least=1)
-    max_epochs: float | None = setting(None, "the same in passes over the training data", above=0)
+    max_epochs: float | None = setting(None, "the same in passes over the training data", above=0,
+                                       at_most=1e6)
 
     # The learning rate, a function of the iteration: linear warmup, then a decay from
     # learning_rate to min_lr. The reference's "minimum" lies above its start, so the rate
@@ -431,6 +435,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     A reader, a crash or a full disk sees the old file or the new one, never half of one.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)

@@ -489,6 +489,8 @@ def load_file(path: Path) -> dict[str, Any]:
             if file.testzip() or directories:
                 raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as problem:  # what zipfile, zlib and the unpickler raise has no common base
         reason = one_line(problem)[:80]
         raise UserError(f"{path} is damaged, or not a checkpoint of ours: {reason}") from None

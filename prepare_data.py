@@ -184,7 +184,7 @@ def is_path(dataset: str) -> bool:
 
 def identity(dataset: str) -> str:
     """A local dataset's whole path; another one's name."""
-    return str(Path(os.path.expanduser(dataset)).resolve()) if is_path(dataset) else dataset
+    return os.path.realpath(os.path.expanduser(dataset)) if is_path(dataset) else dataset
 
 
 def same_dataset(a: str, b: str) -> bool:
@@ -192,9 +192,11 @@ def same_dataset(a: str, b: str) -> bool:
     return identity(a) == identity(b)
 
 
-def find_files(dataset: str) -> dict[str, list[Path]]:
+def find_files(dataset: str, left_out: str = "test") -> dict[str, list[Path]]:
     """The files of a path by split: train, val, test. Says which are which in a folder."""
     path = Path(identity(dataset))
+    if not path.exists():
+        raise UserError(f"{dataset} is not there; {OFFLINE}")
     found: dict[str, list[Path]] = {}
     for file in files_in(path):
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
@@ -203,7 +205,8 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
         names = ", ".join(str(file.relative_to(path)) for file in files[:20])
         more = f" and {len(files) - 20} more" if len(files) > 20 else ""
         if path.is_dir():
-            notice(f"{dataset}, {split}{', left out' if split == 'test' else ''}: {names}{more}")
+            out = ", left out" if split == left_out else ""
+            notice(f"{dataset}, {split}{out}: {names}{more}")
     found.pop("not read", None)
     if not found:
         raise UserError(f"{dataset} is not {LOCAL}: convert it, or rename it to what it is")
@@ -211,13 +214,23 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
 
 
 def files_in(path: Path) -> list[Path]:
-    """A folder's files, in order, without those that a dot hides; or the file that it is."""
-    files = []
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            files.append(file)
-    return files
+    """A folder's files, in order, without those that a dot hides; or the file that it is.
+
+    Links are followed. OSError for a folder that cannot be read.
+    """
+
+    def refuse(problem: OSError) -> None:
+        raise problem
+
+    if not path.is_dir():
+        return [path]
+    files, seen = [], set()
+    for name, folders, names in os.walk(path, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(name))
+        folders[:] = [folder for folder in folders if not folder.startswith(".")
+                      and os.path.realpath(Path(name, folder)) not in seen]
+        files += [Path(name, file) for file in names if not file.startswith(".")]
+    return sorted(file for file in files if file.is_file() or file.is_symlink())
 
 
 def suffix_of(path: str | Path) -> str:
@@ -229,7 +242,7 @@ def split_of(path: Path) -> str:
     """train, val or test, if the stem, or else a folder, is such a name, or ends in a hyphen and
     one; a shard's number may follow. Any other file is training text.
     """
-    stem = Path(path.name.removesuffix(".gz")).stem
+    stem = Path(path.name.lower().removesuffix(".gz")).stem
     for name in (stem, *reversed(path.parts[:-1])):
         found = SPLIT.fullmatch(name.lower())
         if found:
@@ -394,7 +407,8 @@ def ask_hub(dataset: str) -> str:
     except Exception as problem:  # which ones depends on the network library of the day
         status = getattr(getattr(problem, "response", None), "status_code", 0)
         guess = nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
-        if status == 404 or (status == 401 and not get_token()) or isinstance(problem, ValueError):
+        bad_name = type(problem).__name__ == "HFValidationError"
+        if status == 404 or (status == 401 and not get_token()) or bad_name:
             reason = f"nor a dataset that anyone may read on the Hugging Face Hub{guess}"
         elif status:
             help = advice.get(status, "try again later")
@@ -495,7 +509,7 @@ def stream_ids(dataset: str) -> Iterator[tuple[np.ndarray, Counter[str]]]:
     """All stories of a file or folder, whatever their split, in batches: the ids, (tokens,) uint16,
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
-    files = itertools.chain.from_iterable(find_files(dataset).values())
+    files = itertools.chain.from_iterable(find_files(dataset, left_out="").values())
     with contextlib.closing(read_files(list(files), clean=False)) as stories:
         yield from encode_all(stories, THREADS)
 
@@ -687,7 +701,7 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
             kinds += [type(meta["splits"][split][key]) for key in ("stories", "tokens", "bytes")]
         ours = kinds == [str, dict] + 6 * [int]
         ours = ours and (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise UserError(f"{path} is not one that prepare_data.py wrote; {again}")

@@ -81,7 +81,8 @@ def main(argv: list[str]) -> None:
     run.replaces = mode == "overwrite"
     if run.ranks.rank == 0:
         take_folder(run.out_dir)
-        write_record(run)
+        if not run.replaces:
+            write_record(run)
         describe(run)
     try:
         train(run)
@@ -115,14 +116,14 @@ def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], str]:
     mode = overrides.pop("mode") or ""
     if {"max_iters", "max_epochs"} <= overrides.keys():
         raise UserError("--max_iters and --max_epochs both say how long to train: choose one")
-    if "max_iters" in overrides:
-        overrides["max_epochs"] = None
     return overrides, mode
 
 
 def plan(overrides: dict[str, Any], mode: str) -> tuple[Config, dict | None, gpt.GPT | None]:
     """What to train, and the checkpoint to go on from or the model to start from, if any."""
     path = folder_of(overrides) / "ckpt.pt"
+    if "max_iters" in overrides:  # what is typed wins over the max_epochs of a preset
+        overrides = overrides | {"max_epochs": None}
     if mode == "resume" and path.exists():
         checkpoint = gpt.load_file(path)
         return resumed_config(overrides, checkpoint, path), checkpoint, None
@@ -234,16 +235,21 @@ class Ranks:
         self.launched = all(values)  # by torchrun; one of them alone is left from something else
         if not self.launched:
             return
-        if not all(value.isdigit() for value in values[:3]):
-            raise UserError(f"{', '.join(names[:3])} must be numbers, not {values[:3]}: start with "
-                            "torchrun, or unset them")
+        place = f"{values[3]}:{values[4]}"
+        unset = f"start with torchrun, or unset {', '.join(names)}"
+        if not all(value.isdigit() for value in values[:3]) or int(values[0]) >= int(values[1]):
+            raise UserError(f"{', '.join(names[:3])} cannot be {', '.join(values[:3])}: {unset}")
         self.rank, self.size, local = map(int, values[:3])
         if device.type == "cuda":
             self.device = gpt.pick_device(f"cuda:{local}")
             torch.cuda.set_device(self.device)
         # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        except (RuntimeError, ValueError) as problem:
+            reason = one_line(problem)[:80]
+            raise UserError(f"the ranks cannot meet at {place} ({reason}): {unset}") from None
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """This rank's part of the items, as even as can be; some get none if they are few."""
@@ -442,8 +448,9 @@ def describe(run: "Run") -> None:
            f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
            + ("compiled" if run.compiled else "not compiled"))
     notice(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
-    notice(f"{config.max_iters:,} iterations of {config.tokens_per_iteration:,} tokens in "
-           f"{steps:,} steps: {length:,} tokens in all, {length / tokens:.2f} epochs")
+    size = config.tokens_per_iteration * config.gradient_accumulation_steps
+    notice(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
+           f"tokens in all, {length / tokens:.2f} epochs")
     notice(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
            f"sequences in an iteration; seed {config.seed}; differs from the preset: "
            + (", ".join(differs) or "nothing"))
@@ -658,7 +665,6 @@ class Run:
         length = len(self.tokens["train"])
         starts = np.concatenate([crop_starts(config, i, length) for i in range(begin, end)])
         # Gradients of the micro-batches add up to that of the mean loss over all sequences.
-        self.model.train()
         self.optimizer.zero_grad()
         self.loss = torch.zeros((), device=self.device)
         for number, some in enumerate(micro_batches(config, self.ranks.share(starts))):
@@ -716,6 +722,7 @@ class Run:
             if self.stop.caught:
                 break
         self.stop.check()
+        self.model.train()
         self.ranks.all_reduce(total)
         return total.item() / len(starts)
 
@@ -831,10 +838,11 @@ def write_record(run: Run, final: dict[str, float] | None = None) -> None:
     best = min(state.log, key=lambda row: row["val_loss"], default=None)
     if best:
         best = dict(iteration=best["iteration"], val_loss=best["val_loss"])
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
+    git, commit = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], None
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     versions = dict(python=platform.python_version(), pytorch=torch.__version__,
-                    device=device_name(run.device), commit=git.stdout.strip() or None)
+                    device=device_name(run.device), commit=commit)
     tokens = {name: split["tokens"] for name, split in run.meta["splits"].items()}
     record = dict(
         settings=dataclasses.asdict(config), differs=differences(config),
@@ -918,8 +926,10 @@ class Progress:
 def import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard true needs the package: pip install tensorboard") from None
+    except Exception as problem:  # it is missing, or does not fit its own packages
+        reason = one_line(problem)[:100]
+        raise UserError(f"--tensorboard true does not work here ({reason}): "
+                        "pip install -U tensorboard") from None
     return SummaryWriter
 
 

@@ -82,7 +82,7 @@ def read_run(text: str) -> Run:
         settings, own = dict(facts["settings"]), tuple(facts["differs"])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{record} is not a run.json of train.py") from None
-    return Run(label or log.resolve().parent.name, read_log(log), settings, own, score)
+    return Run(printable(label or log.resolve().parent.name), read_log(log), settings, own, score)
 
 
 def read_log(path: Path) -> list[Row]:
@@ -146,7 +146,7 @@ def draw_run(
     at = [row["iteration"] for row in log]
     losses.plot(at, [row["train_loss"] for row in log], "o-", markersize=3, label="train")
     losses.plot(at, [row["val_loss"] for row in log], "o-", markersize=3, label="validation")
-    losses.set_title(title, parse_math=False)
+    losses.set_title(printable(title), parse_math=False)
     losses.set_ylabel("loss (nats per token)")
     losses.legend()
     if planned:
@@ -182,6 +182,11 @@ def draw_runs(path: Path, runs: list[Run], x: str, log_axis: bool, level: float 
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)
+
+
+def printable(text: str) -> str:
+    """Without what a file name may hold and no font can show."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_figure(figure: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -319,6 +320,41 @@ def test_another_runtime_error_is_not_called_memory(monkeypatch):
         cli(work)
 
 
+@pytest.mark.parametrize("changes", [dict(RANK="5"), dict(MASTER_PORT="abc")], ids=str)
+def test_ranks_that_cannot_meet_are_one_line(monkeypatch, changes):
+    left = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
+    for name, value in (left | changes).items():
+        monkeypatch.setenv(name, value)
+    assert "unset RANK" in refusal(train.Ranks, torch.device("cpu"))
+
+
+def test_without_git_a_run_has_no_commit_and_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run_short(data, tmp_path)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["versions"]["commit"] is None
+
+
+def test_an_out_dir_that_vanishes_is_made_again(data, tmp_path, monkeypatch):
+    real = train.evaluate
+
+    def evaluate(*args):
+        shutil.rmtree(tmp_path / "out")
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run_short(data, tmp_path)
+    assert {"model.pt", "ckpt.pt"} <= set(files_in(tmp_path / "out"))
+
+
+def test_a_tensorboard_that_does_not_import_is_one_line(monkeypatch):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
+    assert "pip install -U tensorboard" in refusal(train.import_tensorboard)
+
+
 # ----------------------------------------------------------------------------------- F. Words
 
 
@@ -335,7 +371,6 @@ def test_names_from_elsewhere_are_known(typed, meant):
 def test_what_is_meant_is_understood():
     overrides, _ = train.parse_command_line(
         ["--compile", "False", "--max_iters", "1e4", "--eval_interval=2.0e3", "--bias", "TRUE"])
-    assert overrides.pop("max_epochs") is None
     assert overrides == dict(compile="false", max_iters=10_000, eval_interval=2000, bias=True)
     assert "whole number" in refusal(train.parse_command_line, ["--max_iters", "1.5e0"])
 

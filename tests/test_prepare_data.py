@@ -1075,6 +1075,37 @@ def test_the_default_folder_has_the_name_of_the_dataset(tmp_path):
     assert done.stdout == "" and "train:" in done.stderr and "val:" in done.stderr
 
 
+# What a second pair of eyes found.
+
+
+def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "elsewhere"
+    inside.mkdir()
+    outside.mkdir()
+    write_txt(inside / "train.txt", STORIES[:2])
+    write_txt(outside / "more.txt", STORIES[2:])
+    (inside / "linked").symlink_to(outside)
+    (inside / "self").symlink_to(inside)
+    prepare_data.prepare(str(inside), tmp_path / "out", str(write_txt(tmp_path / "v.txt", VALID)))
+    assert sorted(stories_in(tmp_path / "out", "train")) == sorted(STORIES)
+    (inside / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
+        prepare_data.prepare(str(inside), tmp_path / "other")
+
+
+def test_a_split_is_told_whatever_the_case(tmp_path):
+    for name in ("VALID.TXT.GZ", "X-Validation.JSONL", "val.Csv"):
+        assert prepare_data.split_of(Path(name)) == "val"
+
+
+def test_a_link_to_itself_is_not_there(tmp_path):
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    with pytest.raises(UserError, match="is not there"):
+        prepare_data.prepare(str(tmp_path / "loop.txt"), tmp_path / "out")
+    with pytest.raises(UserError, match="is not there"):
+        next(prepare_data.stream_ids(str(tmp_path / "gone.txt")))
+
+
 # Memory.
 
 
