@@ -139,7 +139,7 @@ class Config:
                 object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
-        if self.decay_iters < min(self.warmup, self.max_iters):
+        if self.max_epochs is None and self.decay_iters < min(self.warmup, self.max_iters):
             raise UserError(f"lr_decay_iters {self.decay_iters} is below warmup_iters "
                             f"{self.warmup}")
         if self.data_dir is None:
@@ -160,8 +160,11 @@ class Config:
         for name in PRESETS[preset].keys() - known:
             guess = nearest(name, known)
             raise UserError(f"config.py: preset {preset!r} sets {name!r}, no setting{guess}")
+        settings = {"preset": preset, **PRESETS[preset], **overrides}
+        if "max_iters" in settings:  # wins over a max_epochs that only the fields have
+            settings.setdefault("max_epochs", None)
         try:
-            return cls(**{"preset": preset, **PRESETS[preset], **overrides})
+            return cls(**settings)
         except UserError as problem:
             raise UserError(f"preset {preset}: {problem}") from None
 

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from config import (
-    PRESETS,
     Config,
     Parser,
     UserError,
@@ -92,8 +91,9 @@ def main(argv: list[str]) -> None:
         run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
                 + command(run, "--resume"))
         sys.exit(128 + stopped.signal)
-    for number, handler in signals.items():  # from here on there is nothing left to save
-        signal.signal(number, handler)
+    finally:  # from here on there is nothing left to save
+        for number, handler in signals.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     finish(run)
 
 
@@ -135,9 +135,10 @@ def plan(overrides: dict[str, Any], mode: str) -> tuple[Config, dict | None, gpt
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
         hint = f" (runs to resume: {others})" if others else ""
         notice(f"there is no {path} yet: starting from the beginning{hint}")
-    source = None
-    if "init_from" in overrides:
-        source = load_source(overrides["init_from"])
+    source, preset = None, Config.from_preset(overrides.get("preset"))
+    init_from = overrides.get("init_from", preset.init_from)
+    if init_from:
+        source = load_source(init_from)
         overrides = overrides | architecture(source.config, overrides)
     return Config.from_preset(**overrides), None, source
 
@@ -191,8 +192,6 @@ def architecture(source: Config, overrides: dict[str, Any]) -> dict[str, Any]:
 def prepared_data(config: Config, overrides: dict[str, Any], may_prepare: bool) -> dict[str, Any]:
     """meta.json of the data, which is prepared if it is not there and may be. UserError if not."""
     folder = Path(config.data_dir)
-    if config.vocab_size != data.END_OF_TEXT + 1:  # seen before anything is prepared
-        raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
     if not any((folder / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
         if not may_prepare:
             raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before, "
@@ -207,7 +206,8 @@ def prepared_data(config: Config, overrides: dict[str, Any], may_prepare: bool) 
     for name, split in meta["splits"].items():
         if split["tokens"] <= config.block_size:
             raise UserError(f"the {name} split in {folder} has {split['tokens']} tokens: "
-                            f"block_size {config.block_size} needs {config.block_size + 1}")
+                            f"block_size {config.block_size} needs {config.block_size + 1}; "
+                            "prepare more stories, or with a larger --val_fraction")
     return meta
 
 
@@ -234,6 +234,9 @@ class Ranks:
         values = [os.environ.get(name, "") for name in names]
         self.launched = all(values)  # by torchrun; one of them alone is left from something else
         if not self.launched:
+            if values[1].isdigit() and int(values[1]) > 1:
+                notice(f"WORLD_SIZE is {values[1]}, but without {', '.join(names)} all set: this "
+                       "process trains alone")
             return
         place = f"{values[3]}:{values[4]}"
         unset = f"start with torchrun, or unset {', '.join(names)}"
@@ -303,6 +306,9 @@ class Stopped(Exception):
         self.signal = number
 
 
+HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
+
+
 class StopSignal:
     """A signal as a wish to stop: the first is noted, a second ends the process."""
 
@@ -310,8 +316,9 @@ class StopSignal:
         self.ranks, self.caught, self.at = ranks, 0, 0.0  # caught: the signal's number
 
     def catch(self, number: int, frame: Any) -> None:
-        # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun.
-        echo_seconds = 2 if self.ranks.size > 1 else 0
+        # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun; a closed
+        # terminal may send two hang-ups, the shell's and its own.
+        echo_seconds = 2 if self.ranks.size > 1 or number == self.caught == HANGUP else 0
         if not self.caught:
             self.caught, self.at = number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may have gone
@@ -329,8 +336,8 @@ class StopSignal:
 def catch_signals(stop: StopSignal) -> dict[int, Any]:
     """From now on they wish the run to stop; returns who handled them before."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # a terminal that closes; nohup has it ignored
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)  # a terminal that closes; nohup has it ignored
     return {number: signal.signal(number, stop.catch) for number in numbers}
 
 
@@ -357,6 +364,11 @@ def start(config: Config, overrides: dict[str, Any], checkpoint: dict[str, Any] 
     """
     device = gpt.pick_device(config.device)
     dtype = gpt.pick_dtype(config.dtype, device)
+    if config.vocab_size != data.END_OF_TEXT + 1:
+        raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
+    for path in (Path(config.out_dir), *Path(config.out_dir).parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{config.out_dir} cannot be a folder: {path} is a file")
     if config.tensorboard:
         import_tensorboard()
     if device.type == "cpu":
@@ -370,6 +382,7 @@ def start(config: Config, overrides: dict[str, Any], checkpoint: dict[str, Any] 
     if config.max_epochs is not None and prepared:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
+        dataclasses.replace(config, max_iters=length, max_epochs=None)  # checks the schedule
         config = dataclasses.replace(config, max_iters=length)
     run = Run(config, meta, dtype, ranks)
     if checkpoint:
@@ -460,7 +473,9 @@ def describe(run: "Run") -> None:
 
 def differences(config: Config) -> dict[str, Any]:
     """The settings that are not the preset's (the reference's, if it is gone), places aside."""
-    preset = Config.from_preset(config.preset) if config.preset in PRESETS else Config()
+    preset = Config()
+    with contextlib.suppress(UserError):  # it may be gone, or broken since
+        preset = Config.from_preset(config.preset)
     aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
     return {name: value for name, value in dataclasses.asdict(config).items()
             if value != getattr(preset, name) and name not in aside}
@@ -870,7 +885,8 @@ class Progress:
                        "{remaining} left{postfix}")
         self.events = None
         if run.config.tensorboard and run.ranks.rank == 0:
-            self.events = import_tensorboard()(run.out_dir, purge_step=run.state.iteration + 1)
+            last = run.state.log[-1]["iteration"] if run.state.log else 0
+            self.events = import_tensorboard()(run.out_dir, purge_step=last + 1)
         self.begin_lap()
         if run.ranks.rank == 0 and not plot_path(run.config).exists():
             draw(run)  # empty as it is, it shows whether drawing works
@@ -916,8 +932,9 @@ class Progress:
         tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
                    f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
                    f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-        for name, value in row.items() if self.events else ():
-            self.events.add_scalar(name, value, row["iteration"])
+        with contextlib.suppress(OSError):  # a full disk: log.csv will tell
+            for name, value in row.items() if self.events else ():
+                self.events.add_scalar(name, value, row["iteration"])
         if time.monotonic() - self.drawn_at > 10:  # drawing takes half a second
             draw(self.run)
             self.drawn_at = time.monotonic()
@@ -1055,7 +1072,8 @@ def score_only(overrides: dict[str, Any]) -> None:
     if "data_dir" in overrides or not data.is_path(text):
         text = ""
     # The run's own data, but the device at hand; to compile for one round over it does not pay.
-    changes = dict(device="auto", dtype="auto", compile="false", device_batch_size=None)
+    changes = dict(device="auto", dtype="auto", compile="false", device_batch_size=None,
+                   tensorboard=False, max_epochs=None)
     if "preset" in overrides and "init_from" in overrides:
         changes["dataset"] = Config.from_preset(overrides["preset"]).dataset
     may_change = {"data_dir", "dataset", *changes}

@@ -46,8 +46,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     runs = [read_run(text) for text in args.runs]
     run, single = runs[0], len(runs) == 1
-    out = Path(args.out or Path(__file__).with_name(f"{run.name if single else 'runs'}.png"))
-    if single and "learning_rate" in run.log[0] and not (args.x or args.log or args.level):
+    name = run.name.replace("/", "-") if single else "runs"
+    out = Path(args.out or Path(__file__).with_name(f"{name}.png"))
+    if single and "learning_rate" in run.log[0] and args.level is None and not (args.x or args.log):
         published = run.settings.get("preset") == "reference"
         draw_run(out, run.name, run.log, published=published)
     else:
@@ -123,7 +124,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         for cell, column in zip(row, columns, strict=True):
             width, words = max(map(len, column)), any(text[:1].isalpha() for text in column[1:])
             cells.append(cell.ljust(width) if words else cell.rjust(width))
-        print("  ".join(cells).rstrip())
+        print(printable("  ".join(cells)).rstrip())
 
 
 def draw_run(
@@ -139,7 +140,7 @@ def draw_run(
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    if published:
+    if published and PUBLISHED.exists():
         rows = read_log(PUBLISHED)
         losses.plot([row["iteration"] for row in rows], [row["val_loss"] for row in rows],
                     color="0.7", linewidth=5, label="validation, published reference run")

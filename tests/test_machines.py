@@ -227,6 +227,54 @@ def test_overwrite_removes_nothing_until_there_is_something_to_put_there(
         assert (again / name).read_bytes() == before[name]
 
 
+def test_a_presets_own_init_from_is_where_its_run_starts(data, tmp_path, monkeypatch):
+    run_short(data, tmp_path)
+    monkeypatch.setitem(config.PRESETS, "mine", dict(init_from=str(tmp_path / "out" / "model.pt")))
+    overrides = dict(preset="mine", out_dir=str(tmp_path / "mine"))
+    planned, _, source = train.plan(overrides, "")
+    assert source is not None and planned.n_embd == source.config.n_embd == 32
+
+
+def test_max_iters_of_a_preset_or_typed_wins_over_an_edited_max_epochs():
+    field = config.Config.__dataclass_fields__["max_epochs"]
+    before, field.default = field.default, 2.0
+    try:
+        assert config.Config.from_preset("tuned").max_epochs is None
+        assert config.Config.from_preset("reference", max_iters=5).max_epochs is None
+    finally:
+        field.default = before
+
+
+def test_epochs_are_checked_against_the_schedule_once_the_data_is_open(data, tmp_path):
+    settings = tiny(data, tmp_path, max_epochs=0.05, lr_decay_iters=2, warmup_iters=500)
+    assert "lr_decay_iters 2" in refusal(train.start, settings, {})
+
+
+def test_a_model_of_another_vocabulary_is_not_scored_on_a_text(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = config.Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=1000)
+    gpt.save_file(tmp_path / "small.pt", small, gpt.GPT(small))
+    (tmp_path / "held.txt").write_text("A tale.")
+    line = refusal(main, "--eval_only", init_from=tmp_path / "small.pt", dataset="held.txt")
+    assert "vocab_size 1000" in line
+
+
+def test_a_model_trained_with_tensorboard_is_scored_without(data, tmp_path, monkeypatch):
+    run_short(data, tmp_path)
+    content = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    content["config"] |= dict(tensorboard=True, max_epochs=1.0)
+    torch.save(content, tmp_path / "out" / "model.pt")
+    monkeypatch.setattr(train, "import_tensorboard", lambda: pytest.fail("not needed"))
+    assert "validation loss" in main("--eval_only", out_dir=tmp_path / "out", device="cpu")[0]
+
+
+def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_prepared(data, tmp_path):
+    (tmp_path / "file").touch()
+    flags = dict(out_dir=tmp_path / "file" / "out", data_dir=tmp_path / "new")
+    assert "is a file" in refusal(run_short, data, tmp_path, dataset="toy", **flags)
+    assert files_in(tmp_path) == ["file"]
+
+
 def test_the_first_files_of_a_run_that_overwrites_drop_those_that_do_not_belong_to_them(
     data, tmp_path, monkeypatch
 ):

@@ -514,6 +514,20 @@ def test_a_signal_at_any_place_is_obeyed(place, whole, where, number, saved):
     check_equal(place.out, whole)
 
 
+def hang_up_twice() -> None:
+    """As a terminal that closes does: the shell's hang-up, and its own."""
+    signal_self(signal.SIGHUP)
+    time.sleep(0.02)
+    signal_self(signal.SIGHUP)
+
+
+def test_two_hangups_leave_a_checkpoint(place, whole):
+    result = place.begin(hooks=(at("read_batch", 13, hang_up_twice),)).wait()
+    assert result.status == 129 and "go on with" in result.err
+    place.resume_to_the_end()
+    check_equal(place.out, whole)
+
+
 def ignore_hangups() -> None:
     """As nohup does."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

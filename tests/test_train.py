@@ -992,7 +992,7 @@ def test_a_resume_says_that_the_settings_are_the_checkpoints_and_which_may_chang
 def test_a_resumed_run_keeps_its_settings_whatever_config_py_says_now(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(train.PRESETS, "reference", dict(learning_rate=1.0, seed=5, beta1=0.1))
+    monkeypatch.setitem(config.PRESETS, "reference", dict(learning_rate=1.0, seed=5, beta1=0.1))
     out = copy_of(finished, tmp_path)
     stderr = main("--resume", out_dir=out, plot_dir=tmp_path, max_iters=20)[1]
     assert "learning rate 0.003" in stderr and "seed 1337" in stderr
