@@ -645,6 +645,7 @@ class Run:
         self.stop = StopSignal(ranks)
         self.state, self.begun = State(), time.monotonic()
         self.compiled = self.undrawn = self.replaces = False
+        self.versions = versions_of(device)
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
         # Drawn on the CPU: the same weights on every device.
@@ -847,21 +848,26 @@ def write_log(path: Path, log: list[dict[str, float]]) -> None:
         partial.write_text(text.getvalue())
 
 
+def versions_of(device: torch.device) -> dict[str, str | None]:
+    """What a run is made with."""
+    git, commit = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], None
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return dict(python=platform.python_version(), pytorch=torch.__version__,
+                device=device_name(device), commit=commit)
+
+
 def write_record(run: Run, final: dict[str, float] | None = None) -> None:
     """run.json: what this run is and how far it has come, for people and plots.loss_curve."""
     config, state = run.config, run.state
     best = min(state.log, key=lambda row: row["val_loss"], default=None)
     if best:
         best = dict(iteration=best["iteration"], val_loss=best["val_loss"])
-    git, commit = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], None
-    with contextlib.suppress(OSError):  # there is no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions = dict(python=platform.python_version(), pytorch=torch.__version__,
-                    device=device_name(run.device), commit=commit)
     tokens = {name: split["tokens"] for name, split in run.meta["splits"].items()}
     record = dict(
         settings=dataclasses.asdict(config), differs=differences(config),
-        data=dict(name=config.dataset, hashes=hashes(run.meta), tokens=tokens), versions=versions,
+        data=dict(name=config.dataset, hashes=hashes(run.meta), tokens=tokens),
+        versions=run.versions,
         tokens=state.iteration * config.tokens_per_iteration, seconds=state.seconds,
         best=best, final=final)
     with atomic_write(run.out_dir / "run.json") as partial:
