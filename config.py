@@ -104,9 +104,12 @@ class Config:
     mlp_out_lr_mult: float = setting(1.0, "rate of the MLP's second matrix, as a multiple of the "
                                      "others'", at_least=0)  # fmt: skip
 
-    # AdamW. The reference decayed every parameter; biases and LayerNorms are left alone here,
-    # since pulling a scale of one towards zero regularizes nothing.
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings", "optimizer", at_least=0)
+    # AdamW, or Muon for the matrices of the blocks. The reference decayed every parameter; biases
+    # and LayerNorms are left alone here, since pulling a scale of one to zero regularizes nothing.
+    matrix_optimizer: str = setting("adamw", "who steps the blocks' matrices; AdamW all the rest",
+                                    "optimizer", one_of=("adamw", "muon"))  # fmt: skip
+    momentum: float = setting(0.95, "Muon's memory of the gradient", at_least=0, below=1)
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's memory of its square", at_least=0, below=1)
     eps: float = setting(1e-9, "AdamW's guard against division by zero", above=0)

@@ -49,6 +49,7 @@ from config import (
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -422,24 +423,81 @@ def compile_model(run: "Run") -> None:
         run.say(f"not compiled, since torch.compile does not work here: {problem}")
 
 
-def make_optimizer(model: gpt.GPT, config: Config) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019), decaying matrices and embeddings, not biases and
-    LayerNorms. A group's `lr_mult` is its rate as a multiple of the learning rate.
+class Muon(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, 2019); and Muon (Jordan et al., 2024) in groups with a
+    `momentum`, whose matrices all have one shape: they step along their gradients' momentum, made
+    orthogonal, so that every direction of a matrix moves alike. `dtype` is that of its products.
+
+    A step with `found_inf` 1 (as fused optimizers have it) changes no weight and no memory.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if "momentum" in group:
+                self.step_matrices(group)
+
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        finite, directions = self.found_inf == 0, []
+        for p in group["params"]:
+            if not self.state[p]:  # AdamW's loading of a checkpoint wants a step in every state
+                self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            memory = self.state[p]["momentum"]
+            memory.copy_(torch.where(finite, torch.lerp(p.grad, memory, group["momentum"]), memory))
+            directions.append(torch.lerp(p.grad, memory, group["momentum"]))  # Nesterov's
+        # All matrices in one product; queries, keys and values are three matrices in one.
+        stacked = torch.stack(directions).unflatten(1, (group["parts"], -1))
+        stacked = torch.where(finite, orthogonalize(stacked, self.dtype).float(), 0.0)
+        # The size of AdamW's steps (Liu et al., 2025, section 2.2), so that one rate serves both.
+        rate = group["lr"] * 0.2 * max(stacked.shape[-2:]) ** 0.5
+        for p, direction in zip(group["params"], stacked.flatten(1, 2), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"] * finite)
+            p.sub_(direction, alpha=rate)
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrices (..., rows, columns) with all singular values near 1, from 0.7 to 1.2.
+
+    Five rounds of a Newton-Schulz iteration, whose polynomial brings them there fast (Jordan et
+    al., 2024): products only, in `dtype`.
+    """
+    x = F.normalize(matrices.flatten(-2), dim=-1).view_as(matrices).to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.mT if tall else x
+
+
+def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
+    """Matrices and embeddings decay, biases and LayerNorms do not. A group's `lr_mult` is its rate
+    as a multiple of the learning rate.
+    """
+    groups: dict[Any, dict[str, Any]] = {}
     for name, p in model.named_parameters():
-        decay, mult = config.weight_decay, 1.0
+        group = dict(weight_decay=config.weight_decay, lr_mult=1.0)
         if p.dim() == 1:
-            decay, mult = 0.0, config.embedding_lr_mult
+            group |= dict(weight_decay=0.0, lr_mult=config.embedding_lr_mult)
         elif name.endswith(("wte.weight", "wpe.weight")):
-            mult = config.embedding_lr_mult
+            group |= dict(lr_mult=config.embedding_lr_mult)
         elif name.endswith("mlp.c_proj.weight"):
-            mult = config.mlp_out_lr_mult
-        groups.setdefault((decay, mult), []).append(p)
-    options = [dict(params=params, weight_decay=decay, lr_mult=mult)
-               for (decay, mult), params in groups.items()]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(options, config.learning_rate, betas, config.eps, fused=True)
+            group |= dict(lr_mult=config.mlp_out_lr_mult)
+        shape = None
+        if config.matrix_optimizer == "muon" and ".h." in name and p.dim() == 2:
+            shape = p.shape
+            group |= dict(momentum=config.momentum, parts=3 if "c_attn" in name else 1)
+        groups.setdefault((shape, *group.values()), group | dict(params=[]))["params"].append(p)
+    return Muon(list(groups.values()), dtype, lr=config.learning_rate,
+                betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def take_folder(folder: Path) -> None:
@@ -650,7 +708,7 @@ class Run:
         seed_torch(config.seed, WEIGHTS)
         # Drawn on the CPU: the same weights on every device.
         self.model = gpt.GPT(config, data.token_bytes()).to(device)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # Figures of the last step, and how many were skipped, in all and in a row. They stay on
         # the device until `read_figures`, since reading stalls a GPU.
@@ -709,13 +767,10 @@ class Run:
         skip = (~self.grad_norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # A fused optimizer skips its step where found_inf is 1, on the device: no one waits.
-            self.optimizer.found_inf = skip
-            self.optimizer.step()
+        # Where found_inf is 1 the optimizer skips its step, on the device: no one waits for it.
+        self.optimizer.found_inf = skip
+        self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.skipped = self.skipped + skip
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
@@ -794,18 +849,24 @@ def save_checkpoint(run: Run, row: dict[str, float] | None = None) -> None:
         state.log.append(row)
         state.best_val_loss = min(state.best_val_loss, row["val_loss"])
     if run.ranks.rank == 0:
-        if run.replaces:  # the run that was here, now that there is something in its place
+        save = functools.partial(
+            gpt.save_file, config=config, model=model, optimizer=run.optimizer.state_dict(),
+            scaler=run.scaler.state_dict(), state=dataclasses.asdict(state), data=hashes(run.meta))
+        path = run.out_dir / "ckpt.pt"
+        if run.replaces:  # the run that was here goes once what follows it is on the disk
+            save(run.out_dir / ".ckpt.pt.partial")
             for name in ("ckpt.pt", "log.csv"):
                 (run.out_dir / name).unlink(missing_ok=True)
-            run.replaces = False
         if is_best:
             gpt.save_file(run.out_dir / "model.pt", config, model, **row)
         if state.log:
             write_log(run.out_dir / "log.csv", state.log)
         write_record(run)
-        gpt.save_file(run.out_dir / "ckpt.pt", config, model, optimizer=run.optimizer.state_dict(),
-                      scaler=run.scaler.state_dict(), state=dataclasses.asdict(state),
-                      data=hashes(run.meta))
+        if run.replaces:
+            os.replace(run.out_dir / ".ckpt.pt.partial", path)
+        else:
+            save(path)
+        run.replaces = False
     run.ranks.wait()
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -275,17 +276,35 @@ def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_prepared(data, 
     assert files_in(tmp_path) == ["file"]
 
 
-def test_the_first_files_of_a_run_that_overwrites_drop_those_that_do_not_belong_to_them(
-    data, tmp_path, monkeypatch
+@pytest.mark.parametrize("fails", ["model.pt", ".ckpt.pt.partial"])
+def test_the_first_files_of_a_run_that_overwrites_and_those_of_the_old_run_do_not_mix(
+    data, tmp_path, monkeypatch, fails
 ):
-    """Killed between its first model.pt and ckpt.pt, it must not be resumed as the old run."""
+    """Where its checkpoint does not fit on the disk, the old run stays; killed between its first
+    model.pt and ckpt.pt, the new one must not be resumed as the old run.
+    """
     run_short(data, tmp_path)
-    run = new_run(tiny(data, tmp_path))
-    run.replaces, saved = True, []
-    monkeypatch.setattr(gpt, "save_file", lambda path, *args, **kwargs: saved.append(path.name))
+    before = snapshot(tmp_path / "out")
+    run, save_file = new_run(tiny(data, tmp_path)), gpt.save_file
+    run.replaces = True
+
+    def fail(path: Path, *args, **kwargs) -> None:
+        if path.name == fails:
+            raise OSError("no space left")
+        save_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(gpt, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        train.save_checkpoint(run, train.evaluate(run, 4, 1.0))
+    if fails == "model.pt":
+        assert not {"ckpt.pt", "log.csv"} & snapshot(tmp_path / "out").keys()
+    else:
+        assert snapshot(tmp_path / "out") == before
+    monkeypatch.undo()
+    run.state.log.clear()
+    run.state.best_val_loss = math.inf
     train.save_checkpoint(run, train.evaluate(run, 4, 1.0))
-    assert saved == ["model.pt", "ckpt.pt"]
-    assert files_in(tmp_path / "out") == ["log.csv", "model.pt", "run.json"]
+    assert files_in(tmp_path / "out") == ["ckpt.pt", "log.csv", "model.pt", "run.json"]
     assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 2
 
 

@@ -42,11 +42,13 @@ from model import load_file
 SHARED = TINY | dict(
     batch_size=1, gradient_accumulation_steps=5, device_batch_size=2, max_iters=97,
     eval_interval=25, eval_windows=3, dropout=0.0, eps=1e-4, learning_rate=1e-2,
+    matrix_optimizer="adamw",
 )
 STEP_ENDS = [*range(5, 97, 5), 97]
 # 8 steps of 3 sequences, the last of one: of four processes, one or three have no work.
 FEW = SHARED | dict(
     gradient_accumulation_steps=3, max_iters=22, eval_interval=6, eval_windows=2,
+    matrix_optimizer="muon",
 )
 
 

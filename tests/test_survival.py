@@ -44,8 +44,9 @@ OURS = {str(ROOT / name) for name in (*MODULES, "plots/loss_curve.py")}
 TINY = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=2, gradient_accumulation_steps=4,
     dropout=0.2, max_iters=30, warmup_iters=4, learning_rate=3e-3, min_lr=1e-4, eval_interval=8,
-    eval_windows=2, device="cpu", dtype="float32", compile="false",
+    eval_windows=2, device="cpu", dtype="float32", compile="false", matrix_optimizer="muon",
 )
+# Both optimizers are at work: Muon on the matrices of the blocks, AdamW on all the rest.
 # Its 8 steps end at 4, 8, 12, 16, 20, 24, 28 and 30; a step is of four micro-batches, the last of
 # two. Evaluations (one micro-batch of each split) are at 8, 16, 24 and 30.
 ALWAYS = dict(checkpoint_minutes=1e-9)  # a checkpoint after every step, not at evaluations only

@@ -431,6 +431,62 @@ def test_decay_pulls_matrices_and_embeddings_at_their_rate_but_no_bias_or_layern
         torch.testing.assert_close(p.detach(), before[name] * kept, msg=name)
 
 
+OPTIMIZERS = pytest.mark.parametrize("matrix_optimizer", ["adamw", "muon"])
+
+
+@pytest.mark.parametrize("shape, parts", [((24, 8), 1), ((8, 24), 1), ((8, 8), 1), ((24, 8), 3)])
+def test_muon_steps_as_pytorchs_own(shape, parts):
+    """Five steps; queries, keys and values (parts 3) as three matrices. Both in bfloat16."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("PyTorch 2.9 or later has a Muon to compare with")
+    torch.manual_seed(0)
+    ours, other = (torch.nn.Parameter(torch.randn(shape)) for _ in range(2))
+    start = [ours.detach().clone(), other.detach().clone()]
+    theirs = [torch.nn.Parameter(part.clone()) for p in start for part in p.chunk(parts)]
+    group = dict(params=[ours, other], momentum=0.9, parts=parts, weight_decay=0.1)
+    optimizer = train.Muon([group], torch.bfloat16, lr=0.02)
+    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9,
+                              adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        gradients = [torch.randn(shape) for _ in range(2)]
+        ours.grad, other.grad = gradients
+        for p, gradient in zip(theirs, [g for grad in gradients for g in grad.chunk(parts)],
+                               strict=True):
+            p.grad = gradient.clone()
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        oracle.step()
+    for p, before, some in zip((ours, other), start, (theirs[:parts], theirs[parts:]), strict=True):
+        expected = torch.cat([part.detach() for part in some])
+        assert (p - expected).norm() < 0.03 * (expected - before).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 10), (3, 10, 6), (2, 2, 8, 8)])
+def test_orthogonal_matrices_keep_the_singular_vectors_and_have_singular_values_near_1(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * 1e-6  # of any size
+    found = train.orthogonalize(matrices, torch.float32)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = u.mT @ found @ vh.mT
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    assert diagonal.min() > 0.5 and diagonal.max() < 1.3
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_the_rest(data, tmp_path):
+    plain, run = (new_run(tiny(data, tmp_path, matrix_optimizer=name, momentum=0.9))
+                  for name in ("adamw", "muon"))
+    names = {p: name for name, p in run.model.named_parameters()}
+    groups = run.optimizer.param_groups
+    taken = {names[p] for group in groups if "momentum" in group for p in group["params"]}
+    assert taken == {f"transformer.h.0.{name}.weight" for name in
+                     ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    for of in (plain, run):
+        of.step()
+    ours, theirs = weights_of(run), weights_of(plain)
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == taken
+
+
 def test_dropout_is_a_function_of_seed_and_place(data, tmp_path):
     def weights_after(seed, noise):
         run = new_run(tiny(data, tmp_path, dropout=0.3, seed=seed))
@@ -499,9 +555,12 @@ def poison(run: train.Run, value: float, times: float = math.inf):
     return run.model.transformer.ln_f.weight.register_hook(spoil)
 
 
+@OPTIMIZERS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(data, tmp_path, value):
-    run = new_run(tiny(data, tmp_path))
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    data, tmp_path, value, matrix_optimizer
+):
+    run = new_run(tiny(data, tmp_path, matrix_optimizer=matrix_optimizer))
     before = weights_of(run)
     handle = poison(run, value)
     run.step()
@@ -510,7 +569,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(data, tmp_
     assert same(weights_of(run), before)
     assert run.state.skipped_updates == 1 and run.state.iteration == 4
     # The optimizer has not noticed either: the next step is that of a run without the bad one.
-    clean = new_run(tiny(data, tmp_path))
+    clean = new_run(tiny(data, tmp_path, matrix_optimizer=matrix_optimizer))
     clean.state.iteration = 4
     for r in (run, clean):
         r.step()

@@ -8,6 +8,8 @@ a user would run instead, against the matrix products of that iteration alone: t
 
 import functools
 import re
+import subprocess
+import sys
 import tempfile
 
 from config import Config, Parser, add_flag, cli
@@ -27,6 +29,7 @@ from tests.benchmarks.harness import (
     show,
 )
 
+BUSY = "beside another job"
 # Dense matrix products of 16-bit numbers, TFLOP/s, from the makers' data sheets.
 PUBLISHED_PEAK = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
 
@@ -58,6 +61,15 @@ def ours(batch_size: int, device: str, dtype: str, folder: str) -> Works:
             loss = run.model(x, y)
         run.scaler.scale(loss).backward()
 
+    def beside_another_job() -> None:
+        """The same while another process keeps a core busy. (It starts in a few milliseconds.)"""
+        busy = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+        try:
+            iteration()
+        finally:
+            busy.kill()
+            busy.wait()
+
     def zero() -> None:
         for p in run.model.parameters():
             p.grad = torch.zeros_like(p)
@@ -68,6 +80,7 @@ def ours(batch_size: int, device: str, dtype: str, folder: str) -> Works:
 
     return {
         "": iteration,
+        BUSY: beside_another_job,
         "step": step,
         # After the step, which leaves none: 31 of 32 iterations add to what is there.
         "zero gradients": zero,
@@ -192,6 +205,9 @@ def report(timings: dict, batch_size: int, cuda: bool, dtype: torch.dtype) -> No
     if peak and dtype != torch.float32:
         share = flops / ours.median / 1e12 / peak
         print(f"\nours: {share:.1%} of the published dense peak, {peak} TFLOP/s")
+    busy = timings[f"ours: {BUSY}"].median
+    print(f"\nours, {BUSY} on one core: {config.tokens_per_iteration / busy:,.0f} tokens/s, "
+          f"{ours.median / busy:.0%} of what it does alone")
     # What train.py does besides iterations, as a share of what it accompanies.
     works = ("batch", "step", "zero gradients", "evaluation micro-batch", "checkpoint")
     batch, step, zero, score, write = (timings[f"ours: {work}"].median for work in works)
