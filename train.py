@@ -14,12 +14,10 @@ The sections below are in the order of a run.
 """
 
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import datetime
 import functools
-import io
 import json
 import math
 import os
@@ -235,25 +233,24 @@ class Ranks:
         values = [os.environ.get(name, "") for name in names]
         self.launched = all(values)  # by torchrun; one of them alone is left from something else
         if not self.launched:
-            if values[1].isdigit() and int(values[1]) > 1:
+            if values[1] not in ("", "0", "1"):
                 notice(f"WORLD_SIZE is {values[1]}, but without {', '.join(names)} all set: this "
                        "process trains alone")
             return
-        place = f"{values[3]}:{values[4]}"
-        unset = f"start with torchrun, or unset {', '.join(names)}"
-        if not all(value.isdigit() for value in values[:3]) or int(values[0]) >= int(values[1]):
-            raise UserError(f"{', '.join(names[:3])} cannot be {', '.join(values[:3])}: {unset}")
-        self.rank, self.size, local = map(int, values[:3])
-        if device.type == "cuda":
-            self.device = gpt.pick_device(f"cuda:{local}")
-            torch.cuda.set_device(self.device)
-        # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
+            self.rank, self.size, local = map(int, values[:3])
+            if self.rank >= self.size:  # they would wait for each other for ten minutes
+                raise ValueError(f"RANK {self.rank} is not below WORLD_SIZE {self.size}")
+            if device.type == "cuda":
+                self.device = gpt.pick_device(f"cuda:{local}")
+                torch.cuda.set_device(self.device)
+            # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         except (RuntimeError, ValueError) as problem:
-            reason = one_line(problem)[:80]
-            raise UserError(f"the ranks cannot meet at {place} ({reason}): {unset}") from None
+            raise UserError(f"the ranks cannot meet at {':'.join(values[3:])} "
+                            f"({one_line(problem)[:80]}): start with torchrun, or unset "
+                            + ", ".join(names)) from None
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """This rank's part of the items, as even as can be; some get none if they are few."""
@@ -469,9 +466,9 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     Five rounds of a Newton-Schulz iteration, whose polynomial brings them there fast (Jordan et
     al., 2024): products only, in `dtype`.
     """
-    x = F.normalize(matrices.flatten(-2), dim=-1).view_as(matrices).to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices  # the smaller square
+    x = F.normalize(x.flatten(-2), dim=-1).view(x.shape).to(dtype)
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
@@ -899,14 +896,10 @@ def hashes(meta: dict[str, Any]) -> dict[str, str]:
 
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(log[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in log:
-        rounded = {name: round(value, 6) for name, value in row.items()}
-        writer.writerow(rounded | {"learning_rate": round(row["learning_rate"], 12)})
+    lines = [",".join(log[0])]
+    lines += [",".join(f"{value:.10g}" for value in row.values()) for row in log]
     with atomic_write(path) as partial:
-        partial.write_text(text.getvalue())
+        partial.write_text("\n".join(lines) + "\n")
 
 
 def versions_of(device: torch.device) -> dict[str, str | None]:
