@@ -1009,9 +1009,9 @@ def test_a_hub_that_answers_nothing_is_one_line_too(monkeypatch):
 
 @pytest.mark.parametrize("status, token, words", [
     (401, "hf_old", "answers 401: it refuses your access token: unset HF_TOKEN"),
-    (401, None, "nor a dataset that anyone may read"),
+    (401, None, "has no such dataset that anyone may read"),
     (403, None, "answers 403: accept the terms"),
-    (404, "hf_good", "nor a dataset that anyone may read"),
+    (404, "hf_good", "has no such dataset that anyone may read"),
     (429, None, "answers 429: too many requests"),
     (503, None, "answers 503: try again later"),
 ])  # fmt: skip
@@ -1114,7 +1114,7 @@ def test_memory_does_not_grow_with_the_dataset(kind, tmp_path, monkeypatch):
     """2 MB of text in chunks of 8 kB: at no time is even a third of it in memory."""
     bare = kind.removesuffix(".gz")
     write = (WRITERS | {"parquet": write_parquet})[bare]
-    path = write(tmp_path / f"in.{bare}", prepare_data.toy_stories()[:3400])
+    path = write(tmp_path / f"in.{bare}", prepare_data.toy_stories()[:4000])
     path = path if kind == bare else pack(path)
     val = write_txt(tmp_path / "v.txt", VALID)
     prepare_data.prepare(
@@ -1148,21 +1148,7 @@ def test_readers_are_lazy(tmp_path):
 
 # The toy corpus.
 
-GIRLS = [
-    "Lily",
-    "Mia",
-    "Anna",
-    "Sara",
-    "Lucy",
-    "Emma",
-    "Rose",
-    "Ella",
-    "Zoe",
-    "Amy",
-    "Jane",
-    "Molly",
-]
-BOYS = ["Tom", "Ben", "Max", "Sam", "Tim", "Leo", "Jack", "Billy", "Sean", "Finn", "Noah", "Luke"]
+GIRLS, BOYS = (prepare_data.TOY_WORDS[kid].split("|") for kid in ("girl", "boy"))
 
 
 @pytest.fixture(scope="module")
@@ -1172,23 +1158,12 @@ def toy():
 
 def test_toy_is_large_distinct_and_the_same_everywhere(toy):
     assert len(toy) == len(set(toy)) >= 10_000
-    pinned = "c0f448fe8c83eaece27691a209dda7987c072d6427c65486945dd23999f939b1"
+    pinned = "a8acf42a92dea95dd4a2ee839e9980898b2444ac246696b6ae3dec794832fa36"
     assert hashlib.sha256(END.join(toy).encode()).hexdigest() == pinned
-    assert prepare_data.toy_stories(0, 50) == toy[:50]
-    assert prepare_data.toy_stories(1, 50) != toy[:50]
 
 
 def test_toy_tells_every_plot_and_some_talk(toy):
-    signs = [
-        "was gone!",
-        "It is mine",
-        "was stuck",
-        "was afraid of",
-        "birthday",
-        " seed. ",
-        "Crash!",
-        "picnic",
-    ]
+    signs = ["was gone!", "It is mine", "was stuck"]
     counts = [sum(sign in story for story in toy) for sign in signs]
     assert min(counts) > 1000
     assert all(sum(sign in story for sign in signs) == 1 for story in toy)
@@ -1208,11 +1183,9 @@ def test_toy_has_no_left_over_grammar(toy):
 
 
 def people(story):
-    """The sexes of the named people, and of the grown-up."""
+    """The sexes of the named people."""
     words = set(re.findall(r"[A-Za-z]+", story))
-    return bool(words & {*GIRLS, "mom", "grandma", "aunt", "girl"}), bool(
-        words & {*BOYS, "dad", "grandpa", "uncle", "boy"}
-    )
+    return bool(words & {*GIRLS, "girl"}), bool(words & {*BOYS, "boy"})
 
 
 def test_toy_pronouns_agree(toy):
@@ -1228,10 +1201,7 @@ def test_toy_pronouns_agree(toy):
 
 
 def test_toy_people_and_things_stay_the_same(toy):
-    colors, toys = (
-        set(prepare_data.WORDS["color"].split()),
-        "|".join(prepare_data.WORDS["toy"].split(",")),
-    )
+    colors, toys = set(prepare_data.TOY_WORDS["color"].split("|")), prepare_data.TOY_WORDS["toy"]
     for story in toy:
         words = set(re.findall(r"\w+", story))
         assert 1 <= len(words & {*GIRLS, *BOYS}) <= 2, story
