@@ -342,11 +342,11 @@ def find_hub_splits(dataset: str, clean: bool) -> Splits:
         split = split_of(Path(name))
         if split == "test" or split in sources:
             notice(f"{dataset}: the split {name} is left out")
-            continue
-        read = functools.partial(read_hub, found[name])
-        known = (found[name].info.splits or {}).get(name)
-        sources[split] = Source(functools.partial(read_stories, read, [dataset], clean),
-                                known and known.num_examples)
+        else:
+            read = functools.partial(read_hub, found[name])
+            known = (found[name].info.splits or {}).get(name)
+            sources[split] = Source(functools.partial(read_stories, read, [dataset], clean),
+                                    known and known.num_examples)
     return sources
 
 
@@ -440,12 +440,14 @@ def encode(batch: list[Story]) -> Batch:
     end = np.array([END_OF_TEXT], "<u2")
     pieces = [end[:0]]
     for story, kinds in batch:
-        counts.update(kinds)
+        for kind in kinds:
+            counts[kind] += 1
         if story:
             pieces += [encode_text(story), end]
-            counts.update(stories=1, bytes=len(story.encode()))
+            counts["stories"] += 1
+            counts["bytes"] += len(story.encode())
     ids = np.concatenate(pieces)
-    counts.update(tokens=len(ids))
+    counts["tokens"] = len(ids)
     return ids, counts
 
 
@@ -555,7 +557,7 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder} already holds .bin files without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = {"clean": False} | meta.get("settings", {})  # made before there was the choice
+    old = {"clean": False, **meta.get("settings", {})}  # made before there was the choice
     changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
     if meta["dataset"] != wanted["dataset"]:
         changed.append("dataset")
