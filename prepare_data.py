@@ -399,7 +399,9 @@ WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
 
 
 def tidy(text: str, clean: bool) -> Story:
-    """A text as a story: one kind of line ends, no byte-order marks, no half characters."""
+    """A text as a story: one kind of line ends, no byte-order marks, no half characters. `clean`
+    mends what ftfy can, and drops what is still broken, cut off, or in another alphabet.
+    """
     story = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
     kinds = []
     if not story.isascii():
@@ -557,7 +559,7 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     meta = load_meta(folder)
     old = {"clean": False, **meta.get("settings", {})}  # made before there was the choice
     changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
-    if meta["dataset"] != wanted["dataset"]:
+    if not same_dataset(meta["dataset"], wanted["dataset"]):
         changed.append("dataset")
     if changed:
         raise UserError(f"{folder} already holds files made from {meta['dataset']} with another "
