@@ -118,10 +118,11 @@ LONG_TEXT = 100_000  # characters: a shorter one is no trouble
 
 def encode_text(text: str) -> np.ndarray:
     """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, for any white space."""
-    parts = LONG_SPACE.split(text) if len(text) >= LONG_TEXT else [text]
     # To NumPy: encode_ordinary makes a Python object for each id.
-    ids = [tokenizer().encode_to_numpy(part, disallowed_special=()) for part in parts]
-    return np.concatenate(ids).astype("<u2")
+    to_ids = partial(tokenizer().encode_to_numpy, disallowed_special=())
+    if len(text) < LONG_TEXT:
+        return to_ids(text).astype("<u2")
+    return np.concatenate([to_ids(part) for part in LONG_SPACE.split(text)]).astype("<u2")
 
 
 # --------------------------------------------------------------------- A dataset's files, and rows
@@ -379,11 +380,11 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
         number = 0
         try:
             for number, text in enumerate(read(name), 1):
-                row = f"{name}, row {number}"
                 if isinstance(text, dict):
-                    text = text[column_of(text, row)]
-                if not isinstance(text, str | None):
-                    raise UserError(f"{row}: the text is no string, but {text!r:.80}")
+                    text = text[column_of(text, f"{name}, row {number}")]
+                if text is not None and not isinstance(text, str):
+                    what = f"the text is no string, but {text!r:.80}"
+                    raise UserError(f"{name}, row {number}: {what}")
                 yield tidy(text or "", clean)
         except (UserError, MemoryError):
             raise
@@ -393,6 +394,7 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
             raise UserError(f"{name} cannot be read{where}: {problem!s:.300}{advice}") from problem
 
 
+PLAIN = re.compile(r"[\n -%'-~]*")  # printable ASCII, without &
 LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")  # whose last byte was lost on the way
 ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060]|\u200d(?![^\\w\\s])")  # joined emojis stay
 WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
@@ -408,8 +410,7 @@ def tidy(text: str, clean: bool) -> Story:
         story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
         if halves:
             kinds.append("replaced: half a character")
-    plain = story.isascii() and "&" not in story
-    if clean and not (plain and story.replace("\n", "").isprintable()):  # few: ftfy takes its time
+    if clean and not PLAIN.fullmatch(story):  # nearly all are, and ftfy takes its time
         import ftfy
 
         before = story
@@ -610,6 +611,7 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
         for split, path in (("val", val), ("train", train)):  # one that is empty shows at once
             read, total = sources[split]
             counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
+            digest = hashlib.sha256()
             with (
                 open(path, "wb") as file,
                 closing(read()) as stories,  # before Python ends: parquet has threads
@@ -618,13 +620,14 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
             ):
                 for ids, more in batches:
                     file.write(ids.data)
+                    digest.update(ids.data)
                     counts.update(more)
                     bar.update(more["stories"])
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
                 raise UserError(f"no story for the {split} split: {meta['dataset']} is empty, or "
                                 "too small for this --val_fraction: raise it or give --val_dataset")
-            meta["splits"][split] = {**counts, "sha256": sha256_of(path)}
+            meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
 
