@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -463,6 +464,7 @@ def test_a_printed_command_is_quoted_for_the_shell(data, tmp_path):
 def windows(monkeypatch):
     """No fcntl, no SIGHUP, no ctypes.CDLL(None); msvcrt in their place."""
     real, locked = builtins.__import__, set()
+    sysconfig.get_config_vars()  # reads what it knows of this system before that is hidden
 
     def without(name, *args, **kwargs):
         if name in ("fcntl", "resource", "pwd", "termios"):
@@ -470,7 +472,7 @@ def windows(monkeypatch):
         return real(name, *args, **kwargs)
 
     def locking(handle: int, mode: int, size: int) -> None:
-        place = os.fstat(handle).st_ino
+        place = os.readlink(f"/proc/self/fd/{handle}")
         if place in locked:
             raise PermissionError(errno.EACCES, "Permission denied")
         locked.add(place)
