@@ -7,6 +7,7 @@ behind by a platform, file systems without modes or locks, Windows without fcntl
 import builtins
 import contextlib
 import errno
+import importlib
 import io
 import json
 import math
@@ -14,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
@@ -464,7 +464,7 @@ def test_a_printed_command_is_quoted_for_the_shell(data, tmp_path):
 def windows(monkeypatch):
     """No fcntl, no SIGHUP, no ctypes.CDLL(None); msvcrt in their place."""
     real, locked = builtins.__import__, set()
-    sysconfig.get_config_vars()  # reads what it knows of this system before that is hidden
+    importlib.import_module("torch._dynamo")  # which looks at the system when it is imported
 
     def without(name, *args, **kwargs):
         if name in ("fcntl", "resource", "pwd", "termios"):
