@@ -33,15 +33,13 @@ def main(argv: list[str]) -> None:
     if folder:
         save_hf(model, checkpoint, folder)
         return
-    model.to(device, dtype)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     notice(f"{checkpoint} on {device.type} in {str(dtype).removeprefix('torch.')}, seed {seed}")
-    tell(model, prompt, args, seed)
+    tell(model.to(device, dtype), prompt, args, seed)
 
 
 def parse_command_line(argv: list[str]) -> Any:
-    parser = Parser("Writes stories: the prompt and its continuation on stdout, a line --- between "
-                    "several.")
+    parser = Parser("Writes stories to stdout: the prompt, its continuation, --- between several.")
     add_model_flags(parser)
     add_flag(parser, "num_samples", int, 1, "stories to write", at_least=1)
     add_flag(parser, "max_new_tokens", int, 200, "longest continuation, in tokens", at_least=0)
@@ -51,17 +49,34 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "seed", int, None, "the same seed gives the same stories; a random one, told "
              "on stderr, if not given", at_least=0, at_most=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", one_of=DTYPES)
-    add_flag(parser, "save_hf", str, None, "a new folder for the model as Hugging Face has it; a "
-             "story is told if not given")
+    add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
+             "be new, and exit; a story is told if not given")
     return parser.parse_args(argv)
 
 
-# -------------------------------------------------------- What plots/attention.py begins with, too
+def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
+    """Prints the prompt and its continuation: one story as it comes, several once all are whole."""
+    ids, count = prompt_ids(prompt, model), args.num_samples
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    steps = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
+                         args.top_k, generator, END_OF_TEXT)
+    if count == 1:
+        tokens = (step.item() for step in steps)
+        print(prompt, end="", flush=True)
+        for text in gpt.stream_text(tokens, token_bytes(), END_OF_TEXT):
+            print(text, end="", flush=True)
+        print()
+        return
+    rows = torch.stack([*steps], dim=1).tolist() if args.max_new_tokens else [[]] * count
+    ends = ["".join(gpt.stream_text(iter(row), token_bytes(), END_OF_TEXT)) for row in rows]
+    print("\n---\n".join(prompt + end for end in ends))
+
+
+# ---------------------------------------------- Prompt and model, as plots/attention.py reads them
 
 
 def add_model_flags(parser: Parser) -> None:
-    add_flag(parser, "prompt", str, "Once upon a time", "how the text begins; - reads standard "
-             "input", form=TEXT)
+    add_flag(parser, "prompt", str, "Once upon a time", "how it begins; - reads stdin", form=TEXT)
     add_flag(parser, "checkpoint", str, None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or "
              "name; the newest out/*/model.pt if not given")
     add_flag(parser, "device", str, "auto", DEVICE, form=DEVICE)
@@ -70,9 +85,9 @@ def add_model_flags(parser: Parser) -> None:
 def read_prompt(text: str) -> str:
     """The prompt; standard input for -, less its last line end. UserError if it is not UTF-8."""
     try:
-        if text == "-" and hasattr(sys.stdin, "reconfigure"):  # a notebook's has not
-            sys.stdin.reconfigure(encoding="utf-8")
         if text == "-":
+            if hasattr(sys.stdin, "reconfigure"):  # a notebook's has not
+                sys.stdin.reconfigure(encoding="utf-8")
             text = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
         text.encode("utf-8")
     except UnicodeError:
@@ -109,27 +124,8 @@ def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
     """The token ids that the model reads, (T,), on its device: no more than its context holds."""
     ids, size = encode_text(prompt).tolist() or [END_OF_TEXT], model.config.block_size
     if len(ids) > size:
-        notice(f"warning: the prompt is {len(ids)} tokens: the model reads only its last {size}, "
-               "a context")
+        notice(f"warning: the prompt is {len(ids)} tokens: the model reads only the last {size}")
     return torch.tensor(ids[-size:], device=model.transformer.wte.weight.device)
-
-
-def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
-    """Prints the prompt and its continuation: of one story as it comes, of several in the end."""
-    ids, count = prompt_ids(prompt, model), args.num_samples
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    steps = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
-                         args.top_k, generator, END_OF_TEXT)
-    if count == 1:
-        print(prompt, end="", flush=True)
-        tokens = (step.item() for step in steps)
-        for text in gpt.stream_text(tokens, token_bytes(), END_OF_TEXT):
-            print(text, end="", flush=True)
-        print()
-        return
-    rows = torch.stack([*steps], dim=1).tolist() if args.max_new_tokens else [[]] * count
-    ends = ["".join(gpt.stream_text(iter(row), token_bytes(), END_OF_TEXT)) for row in rows]
-    print("\n---\n".join(prompt + end for end in ends))
 
 
 # ---------------------------------------------------------------------------- A Hugging Face folder
@@ -171,16 +167,8 @@ CARD = """---
 # GPT, {parameters:.1f} M parameters
 
 GPT-2's architecture and tokenizer: {config.n_layer} layers, {config.n_head} heads, width
-{config.n_embd}, {config.gelu} GELU. A text has at most {config.block_size} tokens, with its prompt.
-
-```python
-transformers.pipeline("text-generation", model="DIR")("Once upon a time")  # DIR: this folder
-```
-
-"""
-SCORES = """Trained on {name}. On evenly spaced windows of each split, at
-iteration {iteration:,} ({tokens:,} tokens): training loss {train_loss:.4f} and validation loss
-{val_loss:.4f} nats per token, {val_bits_per_byte:.4f} bits per byte.
+{config.n_embd}, {config.gelu} GELU. A text has at most {config.block_size} tokens, with its prompt:
+`transformers.pipeline("text-generation", model="FOLDER")("Once upon a time")`.
 
 """
 ELSEWHERE = ("data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size",
@@ -192,18 +180,22 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
     from huggingface_hub import ModelCardData
 
     config, dataset, path = model.config, model.config.dataset, Path(checkpoint)
-    facts = gpt.load_file(path) if path.is_file() else {}
-    on_hub = bool(facts) and dataset != "toy" and not is_path(dataset)
+    ours = path.is_file()
+    on_hub = ours and dataset != "toy" and not is_path(dataset)
     head = ModelCardData(language="en", library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "tinystories"], datasets=[dataset] if on_hub else None)
     parameters = model.parameter_count() / 1e6
     card = CARD.format(head=head.to_yaml(), parameters=parameters, config=config)
-    if not facts:
+    if not ours:
         return f"{card}Its weights are those of {checkpoint}.\n"
+    facts = gpt.load_file(path)
     log = facts.get("state", facts).get("log")  # a ckpt.pt keeps its evaluations in its state
     scored = log[-1] if log else facts
     if "val_loss" in scored:
-        card += SCORES.format(name=Path(dataset).name, **scored)
+        card += (f"Trained on {Path(dataset).name}. On evenly spaced windows of each split, at "
+                 f"iteration {scored['iteration']:,} ({scored['tokens']:,} tokens): training loss "
+                 f"{scored['train_loss']:.4f} and validation loss {scored['val_loss']:.4f} nats "
+                 f"per token, {scored['val_bits_per_byte']:.4f} bits per byte.\n\n")
     card += "The settings of its run:\n\n| | |\n| --- | --- |\n"
     for name, value in dataclasses.asdict(config).items():
         if name not in ELSEWHERE:

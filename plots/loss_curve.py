@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 def main(argv: list[str]) -> None:
     parser = Parser("Draws the losses of runs, and prints a table of them, the best first.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv, or LABEL=it")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv, or LABEL=RUN")
     add_flag(parser, "x", str, None, "what the losses are drawn over; tokens if not given",
              one_of=("tokens", "iteration", "seconds"))
     parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
