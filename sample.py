@@ -3,6 +3,7 @@
 `--save_hf DIR` writes the model itself instead, as a folder that Hugging Face's libraries read.
 """
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -153,6 +154,8 @@ def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
             AutoTokenizer.from_pretrained(partial, **limits).save_pretrained(partial)
             Path(partial, "README.md").write_text(model_card(model, checkpoint), encoding="utf-8")
             for file in partial.iterdir():
+                with contextlib.suppress(OSError):  # some file systems have no modes
+                    shutil.copymode(partial / "README.md", file)  # that of safetensors is private
                 flush_to_disk(file)
             os.replace(partial, target)
     except Exception as problem:  # a full disk is an error of its own kind to safetensors
