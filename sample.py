@@ -89,7 +89,8 @@ def read_prompt(text: str) -> str:
         if text == "-":
             if hasattr(sys.stdin, "reconfigure"):  # a notebook's has not
                 sys.stdin.reconfigure(encoding="utf-8")
-            text = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
+            text = sys.stdin.read() if sys.stdin else ""
+            text = text.removesuffix("\n").removesuffix("\r")
         text.encode("utf-8")
     except UnicodeError:
         raise UserError("the prompt is not UTF-8 text") from None
