@@ -19,7 +19,6 @@ import operator
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -135,10 +134,7 @@ class Config:
             kind, *optional = get_args(field.type) or (field.type,)
             value = getattr(self, field.name)
             if not (optional and value is None):
-                try:
-                    value = checked(value, kind, **field.metadata["limits"])
-                except ValueError as reason:
-                    raise UserError(f"{field.name} {reason}") from None
+                value = checked(field.name, value, kind, **field.metadata["limits"])
                 object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
@@ -160,9 +156,8 @@ class Config:
             names = ", ".join(PRESETS)
             raise UserError(f"preset {preset!r} is not known{nearest(preset, PRESETS)}: {names}")
         known = {field.name for field in dataclasses.fields(cls)} - {"preset"}
-        for name in PRESETS[preset].keys() - known:
-            guess = nearest(name, known)
-            raise UserError(f"config.py: preset {preset!r} sets {name!r}, no setting{guess}")
+        for key in PRESETS[preset].keys() - known:
+            raise UserError(f"config.py: {preset!r} sets {key!r}, no setting{nearest(key, known)}")
         settings = {"preset": preset, **PRESETS[preset], **overrides}
         if "max_iters" in settings:  # wins over a max_epochs that only the fields have
             settings.setdefault("max_epochs", None)
@@ -236,8 +231,8 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {  # in words, and as
 }
 
 
-def checked(value: Any, kind: type, **limits: Any) -> Any:
-    """`value`, a path's ~ expanded. ValueError, in words, if its kind or LIMITS forbid it."""
+def checked(name: str, value: Any, kind: type, **limits: Any) -> Any:
+    """`value`, a path's ~ expanded. UserError if its kind or LIMITS forbid it."""
     if kind is int:
         limits.setdefault("at_most", 2**31 - 1)
     if kind is str and not limits:
@@ -246,12 +241,13 @@ def checked(value: Any, kind: type, **limits: Any) -> Any:
         value = float(value)
     fits = type(value) is kind and (kind is not float or math.isfinite(value))
     wanted = [NOUNS[kind]]
-    for name, limit in limits.items():
-        words, test = LIMITS[name]
-        wanted.append(words.format(", ".join(limit) if name == "one_of" else limit))
+    for rule, limit in limits.items():
+        words, test = LIMITS[rule]
+        wanted.append(words.format(", ".join(limit) if rule == "one_of" else limit))
         fits = fits and test(value, limit)
     if not fits:
-        raise ValueError(f"{value!r} is not possible: it must be {', '.join(wanted)}")
+        guess = nearest(str(value), limits.get("one_of", ()))
+        raise UserError(f"{name} {value!r} is not possible: it must be {', '.join(wanted)}{guess}")
     return os.path.expanduser(value) if limits.get("form") == PATH else value
 
 
@@ -271,12 +267,8 @@ def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limi
     choices = limits.get("one_of", ())
 
     def parse(text: str) -> Any:
-        if text.lower() in choices:  # True and False too
-            text = text.lower()
-        try:
-            return checked(from_text(text, kind), kind, **limits)
-        except ValueError as reason:
-            raise argparse.ArgumentTypeError(f"{reason}{nearest(text, choices)}") from None
+        text = text.lower() if text.lower() in choices else text  # --compile False
+        return checked(f"--{name}", from_text(text, kind), kind, **limits)
 
     metavar = {int: "N", float: "X", bool: "true|false", str: name.upper()}[kind]
     if choices:
@@ -309,10 +301,10 @@ def add_config_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 # What people type who know other programs.
 ELSEWHERE = dict(
     lr="learning_rate", epochs="max_epochs", num_epochs="max_epochs", steps="max_iters",
-    max_steps="max_iters", iters="max_iters", batch="batch_size", ctx="block_size",
-    seq_len="block_size", layers="n_layer", heads="n_head", wd="weight_decay", clip="grad_clip",
-    grad_accum="gradient_accumulation_steps", output_dir="out_dir", data="data_dir",
-    wandb="tensorboard", model="checkpoint", n="num_samples", length="max_new_tokens",
+    max_steps="max_iters", batch="batch_size", ctx="block_size", seq_len="block_size",
+    wd="weight_decay", grad_accum="gradient_accumulation_steps", data="data_dir",
+    output_dir="out_dir", wandb="tensorboard", model="checkpoint", n="num_samples",
+    length="max_new_tokens",
 )
 
 
@@ -341,9 +333,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{unknown[0]!r} belongs to no flag: a value stands behind its flag")
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = self._option_string_actions
-            meant = "--" + ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "")
-            guess = f", did you mean {meant}?" if meant in known else nearest(flag, known)
+            name = flag.lstrip("-").replace("-", "_")
+            guess = nearest("--" + ELSEWHERE.get(name, name), self._option_string_actions)
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
 
@@ -371,8 +362,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
     except UserError as mistake:
         line = str(mistake)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
-        line = str(problem.strerror or problem)
-        line += f": {problem.filename}" if problem.filename else ""
+        line = f"{problem.strerror or problem}: {problem.filename or ''}".removesuffix(": ")
     except (MemoryError, RuntimeError) as problem:  # PyTorch's are RuntimeErrors, on a GPU or not
         memory = "out of memory|allocate memory|not enough memory"
         if isinstance(problem, RuntimeError) and not re.search(memory, str(problem)):
@@ -392,13 +382,12 @@ class Lossy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
+    def write(self, text: str = "") -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
             self.stream.flush()
+
+    flush = write
 
 
 def notice(line: str) -> None:
@@ -411,10 +400,7 @@ def one_line(message: object) -> str:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """A descriptor that holds `folder` for this process until it is closed; None if it is taken.
-
-    A file system without locks (some network drives) is used without.
-    """
+    """A descriptor that holds `folder` for this process until it is closed; None if it is taken."""
     try:
         import fcntl
 
@@ -431,20 +417,18 @@ def lock_folder(folder: Path) -> int | None:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             os.close(handle)
             return None
+        # Else a file system without locks (some network drives): it is used without.
     return handle
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renames it to `path` once it is on the disk.
-
-    A reader, a crash or a full disk sees the old file or the new one, never half of one.
+    """Gives a path beside `path` to write to; renames it to `path` once it is on the disk: a reader
+    or a crash sees the old file or the new one, never half of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         yield partial
         flush_to_disk(partial)
@@ -454,10 +438,5 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Sees a file onto the disk, with the mode of an ordinary one (mkstemp's is private)."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    with contextlib.suppress(OSError):  # some file systems have no modes
-        path.chmod(0o666 & ~umask)

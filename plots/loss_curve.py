@@ -16,50 +16,44 @@ from config import Parser, UserError, add_flag, atomic_write, cli, notice
 os.environ["MPLBACKEND"] = "agg"  # only files are drawn, whatever a notebook has set
 PUBLISHED = Path(__file__).with_name("published_reference.csv")
 ELSEWHERE = ("out_dir", "plot_dir", "checkpoint_minutes")  # settings that make no other run
-Row = dict[str, float]  # of a log.csv
+Log = list[dict[str, float]]  # the rows of a log.csv
 
 
 class Run(NamedTuple):
     """A log, by its folder's name or the user's, and what run.json says, where there is one."""
 
     name: str
-    log: list[Row]
-    settings: dict[str, Any] = {}
-    own: tuple[str, ...] = ()  # settings that are not its preset's
-    final: str = "-"  # score
-
-    def best(self) -> Row:
-        return min(self.log, key=lambda row: row["val_loss"])
+    log: Log
+    settings: dict[str, Any]
+    own: list[str]  # settings that are not its preset's
+    final: str  # score
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("Draws the losses of one run, with its learning rate, or of several on one "
-                    "axis; prints a table of them, the best first.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder or log.csv; LABEL=RUN "
-                        "names it")
+    parser = Parser("Draws the losses of runs, and prints a table of them, the best first.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv, or LABEL=RUN")
     add_flag(parser, "x", str, None, "what the losses are drawn over; tokens if not given",
              one_of=("tokens", "iteration", "seconds"))
     parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
     add_flag(parser, "level", float, None, "a loss at which to draw a line")
-    add_flag(parser, "out", str, None, "the PNG to write; plots/<run>.png, or plots/runs.png for "
-             "several, if not given")
+    add_flag(parser, "out", str, None, "the PNG; else plots/<run>.png, plots/runs.png for several")
     args = parser.parse_args(argv)
     runs = [read_run(text) for text in args.runs]
     run, single = runs[0], len(runs) == 1
     name = run.name.replace("/", "-") if single else "runs"
     out = Path(args.out or Path(__file__).with_name(f"{name}.png"))
     if single and "learning_rate" in run.log[0] and args.level is None and not (args.x or args.log):
-        published = run.settings.get("preset") == "reference"
-        draw_run(out, run.name, run.log, published=published)
+        draw_run(out, run.name, run.log, published=run.settings.get("preset") == "reference")
     else:
-        draw_runs(out, runs, args.x or "tokens", args.log, args.level)
+        draw_runs(out, runs, args.x or "tokens", "log" if args.log else "linear", args.level)
     notice(f"wrote {out}")
     rows = []
-    for run in sorted(runs, key=lambda run: run.best()["val_loss"]):
-        last, best = run.log[-1], run.best()
+    for run in runs:
+        last, best = run.log[-1], min(run.log, key=lambda row: row["val_loss"])
         counts = [f"{last[x]:,.0f}" if x in last else "-" for x in ("tokens", "seconds")]
         losses = [f"{best[name]:.4f}" for name in ("train_loss", "val_loss")]
         rows.append([run.name, differences(run, runs) or "-", *counts, *losses, run.final])
+    rows.sort(key=lambda row: float(row[-2]))  # by validation loss
     print_table(["run", "differs in", "tokens", "seconds", "train loss", "val loss", "final score"],
                 rows)
 
@@ -69,24 +63,23 @@ def read_run(text: str) -> Run:
     label, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
     log = Path(path).expanduser()
     log = log / "log.csv" if log.is_dir() else log
-    record = log.with_name("run.json")
-    if log.name != "log.csv" or not record.exists():
-        name = log.resolve().parent.name if log.name == "log.csv" else log.stem
-        return Run(label or name, read_log(log))
+    name = log.resolve().parent.name if log.name == "log.csv" else log.stem
+    record, score = log.with_name("run.json"), "-"
+    facts: dict[str, Any] = {"settings": {}, "differs": {}, "final": None}
     try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
-        final, score = facts["final"], "-"
+        if log.name == "log.csv" and record.exists():
+            facts = json.loads(record.read_text(encoding="utf-8"))
+        settings, own, final = dict(facts["settings"]), list(facts["differs"]), facts["final"]
         if final:
             score = f"{final['val_loss']:.4f}"
             if final["tokens_scored"] < final["tokens"]:
                 score += f" on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
-        settings, own = dict(facts["settings"]), tuple(facts["differs"])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{record} is not a run.json of train.py") from None
-    return Run(printable(label or log.resolve().parent.name), read_log(log), settings, own, score)
+    return Run(printable(label or name), read_log(log), settings, own, score)
 
 
-def read_log(path: Path) -> list[Row]:
+def read_log(path: Path) -> Log:
     """The rows of a log.csv. UserError if it is none."""
     rows = []
     try:
@@ -113,28 +106,26 @@ def differences(run: Run, runs: list[Run]) -> str:
             varied.append(name)
     if "preset" in varied:
         varied = [name for name in varied if name == "preset" or name in run.own]
-    return ", ".join(f"{name} {run.settings[name]}" for name in varied)
+    return printable(", ".join(f"{name} {run.settings[name]}" for name in varied))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Columns on stdout: words to the left, numbers to the right."""
-    columns = [*zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        cells = []
-        for cell, column in zip(row, columns, strict=True):
-            width, words = max(map(len, column)), any(text[:1].isalpha() for text in column[1:])
-            cells.append(cell.ljust(width) if words else cell.rjust(width))
-        print(printable("  ".join(cells)).rstrip())
+    columns = []
+    for head, *cells in zip(header, *rows, strict=True):
+        words = any(cell[:1].isalpha() for cell in cells)
+        width = max(map(len, [head, *cells]))
+        columns.append([f"{cell:{'<' if words else '>'}{width}}" for cell in [head, *cells]])
+    for row in zip(*columns, strict=True):
+        print("  ".join(row).rstrip())
 
 
-def draw_run(
-    path: Path, title: str, log: list[Row], planned: list[tuple[int, float]] | None = None,
-    published: bool = False,
-) -> None:
+def draw_run(path: Path, title: str, log: Log, planned: list[tuple[int, float]] | None = None,
+             published: bool = False) -> None:
     """Writes a PNG: losses over iterations, the learning rate below.
 
-    `log` has the rows of log.csv. `planned` is the schedule, (iteration, rate), a line behind
-    the dots of the rates that were used. `published` puts the reference run's curve behind.
+    `planned` is the schedule, (iteration, rate), a line behind the dots of the rates that were
+    used. `published` puts the reference run's curve behind.
     """
     from matplotlib.figure import Figure
 
@@ -159,7 +150,7 @@ def draw_run(
     write_figure(figure, path)
 
 
-def draw_runs(path: Path, runs: list[Run], x: str, log_axis: bool, level: float | None) -> None:
+def draw_runs(path: Path, runs: list[Run], x: str, scale: str, level: float | None) -> None:
     """Writes a PNG: the validation losses of all runs over `x`, a column of their logs."""
     from matplotlib.figure import Figure
 
@@ -170,16 +161,12 @@ def draw_runs(path: Path, runs: list[Run], x: str, log_axis: bool, level: float 
             raise UserError(f"the log of {run.name} has no {x}: choose another --x")
         label = f"{run.name}: {differences(run, runs)}".removesuffix(": ")
         at, losses = [row[x] for row in run.log], [row["val_loss"] for row in run.log]
-        if run.log == published:
-            axes.plot(at, losses, color="0.7", linewidth=5, label=label)
-        else:
-            axes.plot(at, losses, "o-", markersize=3, label=label)
+        style = {"color": "0.7", "linewidth": 5} if run.log == published else {"marker": "."}
+        axes.plot(at, losses, label=label, **style)
     if level is not None:
         axes.axhline(level, color="0.5", linewidth=1, linestyle=":")
-        axes.annotate(f"{level:g}", (0.01, level), (0, 3), xycoords=axes.get_yaxis_transform(),
-                      textcoords="offset points", color="0.4", fontsize=9)
-    axes.set(xlabel=x, ylabel="validation loss (nats per token)",
-             xscale="log" if log_axis else "linear")
+        axes.text(0.01, level, f"{level:g}", transform=axes.get_yaxis_transform(), va="bottom")
+    axes.set(xlabel=x, xscale=scale, ylabel="validation loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)
@@ -191,7 +178,6 @@ def printable(text: str) -> str:
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 

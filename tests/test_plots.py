@@ -33,8 +33,6 @@ def test_attention_maps_are_those_of_hugging_face(model):
     theirs.set_attn_implementation("eager")
     expected = torch.cat(theirs(ids[None], output_attentions=True).attentions)
     torch.testing.assert_close(attention_maps(model, ids), expected, rtol=0, atol=1e-5)
-    pair = torch.stack([ids, ids.flip(0)])
-    torch.testing.assert_close(attention_maps(model, pair)[:, 0], expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -95,9 +93,9 @@ def test_a_head_made_by_hand_is_named_after_what_it_does(name):
 
 
 def test_what_followed_earlier_copies_is_found():
-    found = attention.places(torch.tensor([[7, 8, 9, 7, 8]]))
-    assert found["after"][0].nonzero().tolist() == [[3, 1], [4, 2]]
-    assert found["same"][0].nonzero().tolist() == [[3, 0], [4, 1]]
+    found = attention.places(torch.tensor([7, 8, 9, 7, 8]))
+    assert found["after"].nonzero().tolist() == [[3, 1], [4, 2]]
+    assert found["same"].nonzero().tolist() == [[3, 0], [4, 1]]
 
 
 def test_tokens_are_drawn_so_that_spaces_and_parts_of_letters_can_be_seen():

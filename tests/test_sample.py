@@ -155,6 +155,13 @@ def test_a_prompt_of_a_dash_reads_standard_input(story, monkeypatch, tmp_path, c
     assert out == "There was a cat\n"
 
 
+def test_a_prompt_from_a_real_standard_input_loses_its_last_line_end(checkpoint):
+    flags = ["--prompt", "-", "--checkpoint", checkpoint, "--max_new_tokens", "0"]
+    done = subprocess.run([sys.executable, SAMPLE, *flags], input="Zoë\r\n".encode(),
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout == "Zoë\n".encode(), done.stderr
+
+
 def test_an_empty_prompt_starts_from_end_of_text(story, tmp_path):
     path = parrot(tmp_path / "model.pt", "", *tokenizer().encode("Hello there"), END_OF_TEXT)
     assert story("--checkpoint", path, "--prompt", "", "--temperature", "0")[0] == "Hello there\n"
