@@ -441,24 +441,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     A GPU below compute capability 8.0 (a T4 is 7.5) only emulates bfloat16, slowly; and
     `torch.cuda.is_bf16_supported()` counts emulation, so it is not asked.
     """
-    if device.type == "mps":
-        if name in ("bfloat16", "float16"):
-            raise UserError(f"dtype {name} is not for mps: use --dtype float32 or auto")
-        return torch.float32
+    able = ["float32"]  # the fastest first
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        if name == "bfloat16" and not native:
-            raise UserError("dtype bfloat16 needs a GPU of compute capability 8.0 or more: "
-                            "use --dtype float16 or auto")
-        fastest = torch.bfloat16 if native else torch.float16
-    else:
-        if name == "float16":
-            raise UserError("dtype float16 needs a CUDA GPU: use --dtype float32, bfloat16 or auto")
-        # AVX-512 BF16 or AMX; the names are private, and absent means no.
+        able = ["float16", "float32"]
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            able.insert(0, "bfloat16")
+    if device.type == "cpu":
+        # AVX-512 BF16 or AMX; the names are private, and absent means no. Else it is emulated.
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, check, bool)() for check in checks)
-        fastest = torch.bfloat16 if native else torch.float32
-    return fastest if name == "auto" else getattr(torch, name)
+        able.insert(0 if native else 1, "bfloat16")
+    if name not in ("auto", *able):
+        raise UserError(f"dtype {name} is not for this {device.type}: use --dtype auto or "
+                        + " or ".join(able))
+    return getattr(torch, able[0] if name == "auto" else name)
 
 
 # ------------------------------------------------------------- Model files, ours and Hugging Face's
