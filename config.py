@@ -100,8 +100,6 @@ class Config:
                                          "max_iters", at_least=1)  # fmt: skip
     embedding_lr_mult: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a "
                                        "multiple of the matrices'", at_least=0)  # fmt: skip
-    mlp_out_lr_mult: float = setting(1.0, "rate of the MLP's second matrix, as a multiple of the "
-                                     "others'", at_least=0)  # fmt: skip
 
     # AdamW, or Muon for the matrices of the blocks. The reference decayed every parameter; biases
     # and LayerNorms are left alone here, since pulling a scale of one to zero regularizes nothing.
@@ -190,9 +188,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tuned": dict(
         dropout=0.0, init="fan_in", embedding_std=0.03, embedding_init="subword", crops="shuffled",
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, eval_interval=1000,
-        learning_rate=7e-4, min_lr=5e-5, lr_schedule="linear",
+        matrix_optimizer="muon", learning_rate=3e-3, min_lr=2e-4, lr_schedule="linear",
         warmup_iters=None, warmup_start_factor=0.0,  # None: a twentieth of max_iters
-        embedding_lr_mult=3.0, mlp_out_lr_mult=2.0, beta1=0.85, beta2=0.999, grad_clip=2.0,
+        beta1=0.85, beta2=0.999, grad_clip=2.0,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model, toy stories.
     "demo": dict(

@@ -388,9 +388,8 @@ def test_without_clipping_the_gradient_is_left_as_it_is(data, tmp_path):
 VECTORS = (".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")
 KINDS = {
     "embedding_lr_mult": ("wte.weight", "wpe.weight", *VECTORS),
-    "mlp_out_lr_mult": ("mlp.c_proj.weight",),
 }
-RATES = [{}, {"embedding_lr_mult": 3.0, "mlp_out_lr_mult": 2.0}]
+RATES = [{}, {"embedding_lr_mult": 3.0}]
 
 
 def rate_of(name: str, config: Config) -> float:
@@ -935,8 +934,7 @@ def test_model_pt_is_the_best_by_validation_loss_and_ckpt_pt_the_last(data, tmp_
 # Going on
 
 
-LONG = TINY | dict(max_iters=24, lr_decay_iters=24, eval_interval=8, embedding_lr_mult=3.0,
-                   mlp_out_lr_mult=0.5)
+LONG = TINY | dict(max_iters=24, lr_decay_iters=24, eval_interval=8, embedding_lr_mult=3.0)
 
 
 @pytest.fixture(scope="session")
@@ -1015,7 +1013,7 @@ def test_resume_refuses_what_would_make_another_run_and_lists_it_all(finished):
         ("warmup_iters", 0), ("warmup_start_factor", 0.0), ("weight_decay", 0.0), ("beta1", 0.0),
         ("beta2", 0.0), ("eps", 1.0), ("grad_clip", 0.0), ("preset", "demo"), ("dataset", "toy"),
         ("embedding_init", "subword"), ("eval_windows", 3),
-        ("embedding_lr_mult", 2.0), ("mlp_out_lr_mult", 2.0),
+        ("embedding_lr_mult", 2.0), ("matrix_optimizer", "muon"), ("momentum", 0.5),
     ],
 )
 def test_resume_refuses_a_change_of(finished, name, value):
