@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
                 save_checkpoint(run)
                 run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
                         f"python train.py --resume {folder}")
-            sys.exit(128 + stopped.signal)
+            sys.exit(128 + stopped.args[0])
 
 
 # ---------------------------------------------- The command line, and what has been there before
@@ -179,7 +180,7 @@ def architecture(source: Config, overrides: dict) -> dict:
     return taken | {"block_size": size}
 
 
-# --------------------------------------------------------- The data, the machine, the other ranks
+# ------------------------------------------------------------------------------------- The start
 
 
 def start(config: Config, overrides: dict, checkpoint: dict | None = None,
@@ -188,7 +189,7 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
 
     Refuses what cannot be before anything is made or lost.
     """
-    ranks = Ranks(pick_device(config))
+    ranks = Ranks(device_for(config))
     if config.tensorboard:
         import_tensorboard()
     # A new run prepares its data; several processes would all do so at once.
@@ -213,8 +214,8 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     return run
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device. UserError if the config asks for what no run can have here."""
+def device_for(config: Config) -> torch.device:
+    """The device of a run. UserError if the config asks for what is not to be had here."""
     if config.vocab_size != data.END_OF_TEXT + 1:
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
     device = gpt.pick_device(config.device)
@@ -241,6 +242,85 @@ def open_data(config: Config, overrides: dict) -> dict:
                             f"block_size {config.block_size} needs {config.block_size + 1}; "
                             "prepare more stories, or with a larger --val_fraction")
     return meta
+
+
+def compile_model(run: "Run") -> None:
+    """torch.compile, tried on one micro-batch. Where it fails on any rank, auto goes on without."""
+    config, problem = run.config, ""
+    if config.compile == "false":
+        return
+    # A micro-batch as `Run.step` has it; a rank may have none.
+    step = np.arange(config.batch_size * config.gradient_accumulation_steps)
+    rows = len(run.ranks.share(step)[: config.micro_batch_size]) or 1
+    ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
+    run.compiled = True
+    try:
+        run.model.compile_parts()
+        with run.arithmetic():
+            loss = run.model(ids, ids)
+        run.scaler.scale(loss).backward()
+    except Exception as error:  # of many kinds: the compiler, its headers, its cache, the GPU
+        problem = f"{type(error).__name__}: {one_line(error)}"[:150]
+    problems = [text for text in run.ranks.gather(problem) if text]
+    run.compiled = not problems
+    if problems and config.compile == "true":
+        raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
+                        "auto")
+    if problems:
+        run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
+
+
+def take_folder(run: "Run", replaces: bool) -> None:
+    """Makes out_dir and holds it until the process ends. UserError if another one does."""
+    run.replaces = replaces
+    if not run.is_main:
+        return
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    if lock_folder(run.out_dir) is None:
+        raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
+    for partial in run.out_dir.glob(".*.partial"):  # what a kill left of atomic writes
+        partial.unlink()
+    if not replaces:
+        write_record(run)
+
+
+def describe(run: "Run") -> None:
+    """What is about to run, in a few lines."""
+    config, tokens = run.config, len(run.tokens["train"])
+    length = config.max_iters * config.tokens_per_iteration
+    steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
+    size = config.tokens_per_iteration * config.gradient_accumulation_steps
+    differs = ", ".join(f"{name} {value}" for name, value in differences(config).items())
+    run.say(f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
+            f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
+            + ("compiled" if run.compiled else "not compiled"))
+    run.say(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
+    run.say(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
+            f"tokens in all, {length / tokens:.2f} epochs")
+    run.say(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
+            f"sequences in an iteration; seed {config.seed}; differs from the preset: "
+            + (differs or "nothing"))
+    if run.state.iteration:
+        run.say(f"going on from iteration {run.state.iteration:,}")
+
+
+def differences(config: Config) -> dict:
+    """The settings that are not the preset's (the reference's, if it is gone), places aside."""
+    preset = Config()
+    with contextlib.suppress(UserError):  # it may be gone, or broken since
+        preset = Config.from_preset(config.preset)
+    aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
+    return {name: value for name, value in dataclasses.asdict(config).items()
+            if value != getattr(preset, name) and name not in aside}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
+
+
+# --------------------------------------------------------------------- The other ranks, and signals
 
 
 class Ranks:
@@ -290,7 +370,7 @@ class Ranks:
         self.together(dist.all_gather_object, facts, fact)
         return facts
 
-    def all_reduce_gradients(self, model: gpt.GPT, loss: torch.Tensor) -> None:
+    def all_reduce_gradients(self, model: gpt.GPT, loss: Tensor) -> None:
         """Sums all gradients and the loss, in one go. A rank that had no work joins with zeros."""
         if self.size > 1:
             for p in model.parameters():
@@ -302,10 +382,7 @@ class Ranks:
 
 
 class Stopped(Exception):
-    """A signal has come: what was begun is dropped, the last whole step stands."""
-
-    def __init__(self, number: int):
-        self.signal = number
+    """A signal, whose number it holds: what was begun is dropped, the last whole step stands."""
 
 
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
@@ -349,52 +426,7 @@ def signals_to(stop: StopSignal) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------- The start
-
-
-@dataclasses.dataclass
-class State:
-    """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
-
-    Tensors stay on the device until somebody asks: to read them stalls a GPU.
-    """
-
-    iteration: int = 0
-    seconds: float = 0.0
-    grad_norm: torch.Tensor = torch.zeros(())  # of the last step
-    skipped_updates: torch.Tensor = torch.zeros(())
-    skipped_in_a_row: torch.Tensor = torch.zeros(())
-    log: list[Row] = dataclasses.field(default_factory=list)
-
-    def best(self) -> Row | None:
-        """The row of the log with the lowest validation loss; of equal ones the first."""
-        return min(self.log, key=lambda row: row["val_loss"], default=None)
-
-
-def compile_model(run: "Run") -> None:
-    """torch.compile, tried on one micro-batch. Where it fails on any rank, auto goes on without."""
-    config, problem = run.config, ""
-    if config.compile == "false":
-        return
-    # A micro-batch as `Run.step` has it; a rank may have none.
-    step = np.arange(config.batch_size * config.gradient_accumulation_steps)
-    rows = len(run.ranks.share(step)[: config.micro_batch_size]) or 1
-    ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
-    run.compiled = True
-    try:
-        run.model.compile_parts()
-        with run.arithmetic():
-            loss = run.model(ids, ids)
-        run.scaler.scale(loss).backward()
-    except Exception as error:  # of many kinds: the compiler, its headers, its cache, the GPU
-        problem = f"{type(error).__name__}: {one_line(error)}"[:150]
-    problems = [text for text in run.ranks.gather(problem) if text]
-    run.compiled = not problems
-    if problems and config.compile == "true":
-        raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
-                        "auto")
-    if problems:
-        run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
+# ------------------------------------------------------------------------------------ The optimizer
 
 
 class Muon(torch.optim.AdamW):
@@ -411,13 +443,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if "momentum" not in group]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
+        for group in self.param_groups:
             if "momentum" in group:
                 self.step_matrices(group)
+        super().step()
 
     def step_matrices(self, group: dict) -> None:
         finite, directions = self.found_inf == 0, []
@@ -435,9 +464,10 @@ class Muon(torch.optim.AdamW):
         for p, direction in zip(group["params"], stacked.flatten(1, 2), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"] * finite)
             p.sub_(direction, alpha=rate)
+            p.grad = None  # so that AdamW leaves it alone
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrices (..., rows, columns) with all singular values near 1, from 0.7 to 1.2.
 
     Five rounds of a Newton-Schulz iteration, whose polynomial brings them there fast (Jordan et
@@ -474,57 +504,26 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
                 betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def take_folder(run: "Run", replaces: bool) -> None:
-    """Makes out_dir and holds it until the process ends. UserError if another one does."""
-    run.replaces = replaces
-    if run.ranks.rank > 0:
-        return
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    if lock_folder(run.out_dir) is None:
-        raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
-    for partial in run.out_dir.glob(".*.partial"):  # what a kill left of atomic writes
-        partial.unlink()
-    if not replaces:
-        write_record(run)
+# ---------------------------------------------- The place in a run: when, how fast, which sequences
 
 
-def describe(run: "Run") -> None:
-    """What is about to run, in a few lines."""
-    config, tokens = run.config, len(run.tokens["train"])
-    length = config.max_iters * config.tokens_per_iteration
-    steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
-    size = config.tokens_per_iteration * config.gradient_accumulation_steps
-    differs = ", ".join(f"{name} {value}" for name, value in differences(config).items())
-    run.say(f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
-            f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
-            + ("compiled" if run.compiled else "not compiled"))
-    run.say(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
-    run.say(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
-            f"tokens in all, {length / tokens:.2f} epochs")
-    run.say(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
-            f"sequences in an iteration; seed {config.seed}; differs from the preset: "
-            + (differs or "nothing"))
-    if run.state.iteration:
-        run.say(f"going on from iteration {run.state.iteration:,}")
+@dataclasses.dataclass
+class State:
+    """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
 
+    Tensors stay on the device until somebody asks: to read them stalls a GPU.
+    """
 
-def differences(config: Config) -> dict:
-    """The settings that are not the preset's (the reference's, if it is gone), places aside."""
-    preset = Config()
-    with contextlib.suppress(UserError):  # it may be gone, or broken since
-        preset = Config.from_preset(config.preset)
-    aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
-    return {name: value for name, value in dataclasses.asdict(config).items()
-            if value != getattr(preset, name) and name not in aside}
+    iteration: int = 0
+    seconds: float = 0.0
+    grad_norm: Tensor = torch.zeros(())  # of the last step
+    skipped_updates: Tensor = torch.zeros(())
+    skipped_in_a_row: Tensor = torch.zeros(())
+    log: list[Row] = dataclasses.field(default_factory=list)
 
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
-
-
-# --------------- When, how fast, which sequences: functions of the config and the place in the run
+    def best(self) -> Row | None:
+        """The row of the log with the lowest validation loss; of equal ones the first."""
+        return min(self.log, key=lambda row: row["val_loss"], default=None)
 
 
 def step_end(config: Config, iteration: int) -> int:
@@ -671,10 +670,10 @@ def train(run: "Run") -> None:
 class Run:
     """A model in training: what a step needs."""
 
-    def __init__(self, config: Config, meta: dict, ranks: Ranks,
-                 source: gpt.GPT | None = None):
+    def __init__(self, config: Config, meta: dict, ranks: Ranks, source: gpt.GPT | None = None):
         """Weights are drawn, or those of `source`, with the positions that this context has."""
         self.config, self.meta, self.ranks, self.device = config, meta, ranks, ranks.device
+        self.is_main = ranks.rank == 0  # the one that writes and talks
         self.dtype = gpt.pick_dtype(config.dtype, self.device)
         self.out_dir, self.versions = Path(config.out_dir), versions_of(self.device)
         self.stop, self.state, self.begun = StopSignal(ranks), State(), time.monotonic()
@@ -693,7 +692,7 @@ class Run:
         self.scaler.scale(self.loss)  # makes its scale, which a rank without work needs too
 
     def say(self, line: str) -> None:
-        if self.ranks.rank == 0:
+        if self.is_main:
             notice(line)
 
     @contextlib.contextmanager
@@ -739,7 +738,7 @@ class Run:
         # Unscaled before it is measured: grad_clip means what it says, in float16 too.
         self.scaler.unscale_(self.optimizer)
         state.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
-        skip = (~state.grad_norm.isfinite()).float()
+        skip = (~state.grad_norm.isfinite()).float()  # 1 if it is not finite, else 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
         # Where found_inf is 1 the optimizer skips its step, on the device: no one waits for it.
@@ -759,12 +758,13 @@ class Run:
         self.model.eval()
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # it has no other
         total = torch.zeros((), dtype=exact, device=self.device)
-        size, usual = min(self.config.block_size, len(tokens) - 1), self.config.micro_batch_size
+        size = min(self.config.block_size, len(tokens) - 1)
+        usual = (self.config.micro_batch_size, self.config.block_size)
         batches = micro_batches(self.config, self.ranks.share(starts))
-        for some in tqdm(batches, task, disable=not task or self.ranks.rank > 0, leave=False):
+        for some in tqdm(batches, task, disable=not (task and self.is_main), leave=False):
             x, y = read_batch(tokens, some, size, self.device)
             # What has another shape than a training batch is not worth compiling for.
-            with self.arithmetic(compiled=x.shape == (usual, self.config.block_size)):
+            with self.arithmetic(compiled=x.shape == usual):
                 total += self.model(x, y).to(exact) * len(some)
             if self.stop.caught:
                 break
@@ -788,11 +788,11 @@ class Run:
 
 def evaluate(run: Run, iteration: int, tokens_per_second: float) -> Row:
     """Scores both splits on their windows: a row of the log. UserError if a loss is not finite."""
-    config, state, losses = run.config, run.state, {}
-    for split, tokens in run.tokens.items():
-        losses[split] = run.mean_loss(tokens, even_starts(config, len(tokens)))
-        if not math.isfinite(losses[split]):
-            run.fail(f"the loss at iteration {iteration} is not finite")
+    config, state = run.config, run.state
+    losses = {split: run.mean_loss(tokens, even_starts(config, len(tokens)))
+              for split, tokens in run.tokens.items()}
+    if not all(map(math.isfinite, losses.values())):
+        run.fail(f"the loss at iteration {iteration} is not finite")
     run.check_gradients()
     return dict(
         iteration=iteration, tokens=state.iteration * config.tokens_per_iteration,
@@ -818,13 +818,12 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
     state.seconds = time.monotonic() - run.begun
     if row:
         state.log.append(row)
-    if run.ranks.rank == 0:
-        save = functools.partial(
-            gpt.save_file, config=run.config, model=run.model, scaler=run.scaler.state_dict(),
-            optimizer=run.optimizer.state_dict(), state=vars(state), data=hashes(run.meta))
+    if run.is_main:
+        parts = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                     state=vars(state), data=hashes(run.meta))
         if run.replaces:  # the run that was here goes once there is room for the new one
             trial = run.out_dir / ".ckpt.pt.partial"
-            save(trial)
+            gpt.save_file(trial, run.config, run.model, **parts)
             for old in (path, path.with_name("log.csv"), trial):
                 old.unlink(missing_ok=True)
         if row and row is state.best():
@@ -832,7 +831,7 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
         if state.log:
             write_log(path.with_name("log.csv"), state.log)
         write_record(run)
-        save(path)
+        gpt.save_file(path, run.config, run.model, **parts)
     run.replaces = False
     run.ranks.gather(None)
 
@@ -903,15 +902,15 @@ class Progress:
         self.run, self.first, self.events = run, True, None
         self.shown_at, self.drawn_at = 0.0, time.monotonic()
         self.bar = tqdm(
-            total=run.config.max_iters, initial=run.state.iteration, disable=run.ranks.rank > 0,
+            total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
             smoothing=0,  # the time left: as fast as on average, evaluations included
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
                        "{remaining} left{postfix}")
-        if run.config.tensorboard and run.ranks.rank == 0:
+        if run.config.tensorboard and run.is_main:
             last = run.state.log[-1]["iteration"] if run.state.log else 0
             self.events = import_tensorboard()(run.out_dir, purge_step=last + 1)
-        if run.ranks.rank == 0 and not plot_path(run.config).exists():
+        if run.is_main and not plot_path(run.config).exists():
             draw(run)  # empty as it is, it shows whether drawing works
         self.begin_lap()
 
@@ -947,7 +946,7 @@ class Progress:
 
     def tell(self, row: Row) -> None:
         """An evaluation: a line, events for TensorBoard, and the plot at most every 10 s."""
-        if self.run.ranks.rank == 0:
+        if self.run.is_main:
             tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
                        f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
                        f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
@@ -981,8 +980,7 @@ def draw(run: Run) -> None:
     """
     config, log = run.config, run.state.log
     last = log[-1]["iteration"] if log else config.max_iters
-    iterations = np.unique(np.linspace(0, last - 1, 500).astype(int))
-    planned = [(i, learning_rate_at(config, int(i))) for i in iterations]
+    planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
     title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
     try:
         draw_run(plot_path(config), title, log, planned, published=config.preset == "reference")
@@ -1001,7 +999,7 @@ def finish(run: Run) -> None:
     path, config = run.out_dir / "model.pt", run.config
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
-    if run.ranks.rank == 0:
+    if run.is_main:
         draw(run)
     plot = "" if run.undrawn else f" and {plot_path(config)}"
     run.say(f"wrote {path} (the best weights, iteration {best['iteration']:,}){plot}")
@@ -1009,7 +1007,7 @@ def finish(run: Run) -> None:
     tokens = run.state.iteration * config.tokens_per_iteration
     final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])], most=tokens // 5)
     run.say(in_words(final))
-    if run.ranks.rank == 0:
+    if run.is_main:
         write_record(run, final)
         notice("a story from it:\n")
         tell_story(run)
@@ -1086,7 +1084,7 @@ def score_only(overrides: dict) -> None:
         changes.setdefault("data_dir", None)
     changes |= architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
-    ranks, text = Ranks(pick_device(config)), overrides.get("dataset")
+    ranks, text = Ranks(device_for(config)), overrides.get("dataset")
     if text and data.is_path(text) and "data_dir" not in overrides:
         run = Run(config, {"splits": {}}, ranks, source)
         final = score(run, data.stream_ids(text))
@@ -1095,7 +1093,7 @@ def score_only(overrides: dict) -> None:
         run = Run(config, open_data(config, overrides), ranks, source)
         final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
     run.say(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
-    if ranks.rank == 0:
+    if run.is_main:
         print(in_words(final))
 
 
