@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     compile_model(run)
     take_folder(run, mode == "overwrite")
     describe(run)
-    with signals_to(run.stop):
+    with run.stop:
         try:
             train(run)
             finish(run)
@@ -389,10 +389,20 @@ HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 class StopSignal:
-    """A signal as a wish to stop: the first is noted, a second ends the process."""
+    """`with` it, a signal is a wish to stop: the first is noted, a second ends the process."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.caught, self.at = ranks, 0, 0.0  # caught: the signal's number
+
+    def __enter__(self) -> None:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(HANGUP)
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+
+    def __exit__(self, *problem: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number: int, frame: Any) -> None:
         # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun; a closed
@@ -410,20 +420,6 @@ class StopSignal:
         number = max(self.ranks.gather(self.caught))
         if number:
             raise Stopped(number)
-
-
-@contextlib.contextmanager
-def signals_to(stop: StopSignal) -> Iterator[None]:
-    """Inside, they wish the run to stop."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup has it ignored
-        numbers.append(HANGUP)
-    before = {number: signal.signal(number, stop.catch) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------ The optimizer
