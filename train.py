@@ -16,7 +16,6 @@ The sections below are in the order of a run.
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -28,7 +27,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import model as gpt
 import prepare_data as data
 from plots.loss_curve import draw_run
+
+Row = dict[str, float]  # of log.csv
 
 # What a resumed run may change, since none of it changes what has been learnt so far.
 MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "checkpoint_minutes",
@@ -70,36 +73,32 @@ def main(argv: list[str]) -> None:
         return score_only(overrides)
     config, checkpoint, source = plan(overrides, mode)
     run = start(config, overrides, checkpoint, source)
+    folder = f"--out_dir {shlex.quote(config.out_dir)}"
     if is_finished(run.config, run.state):
         run.say(f"the run in {run.out_dir} is finished, at iteration {run.state.iteration:,}; "
-                f"to score it again: {command(run, '--eval_only')}")
+                f"to score it again: python train.py --eval_only {folder}")
         return
     compile_model(run)
-    signals = catch_signals(run.stop)
-    run.replaces = mode == "overwrite"
-    if run.ranks.rank == 0:
-        take_folder(run.out_dir)
-        if not run.replaces:
-            write_record(run)
-        describe(run)
-    try:
-        train(run)
-        run.stop.check()  # a signal that came while the last files were written
-    except Stopped as stopped:
-        save_checkpoint(run)
-        run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
-                + command(run, "--resume"))
-        sys.exit(128 + stopped.signal)
-    finally:  # from here on there is nothing left to save
-        for number, handler in signals.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    finish(run)
+    take_folder(run, mode == "overwrite")
+    describe(run)
+    with run.stop:
+        try:
+            train(run)
+            finish(run)
+        except Stopped as stopped:
+            if is_finished(run.config, run.state):
+                run.say(f"not scored; to score it: python train.py --eval_only {folder}")
+            else:
+                save_checkpoint(run)
+                run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
+                        f"python train.py --resume {folder}")
+            sys.exit(128 + stopped.args[0])
 
 
 # ---------------------------------------------- The command line, and what has been there before
 
 
-def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], str]:
+def parse_command_line(argv: list[str]) -> tuple[dict, str]:
     """The settings that were typed, and the mode: resume, overwrite, eval_only or ''."""
     parser = Parser("Trains the GPT; every setting of config.py is a flag.")
     modes = parser.add_mutually_exclusive_group()
@@ -118,7 +117,7 @@ def parse_command_line(argv: list[str]) -> tuple[dict[str, Any], str]:
     return overrides, mode
 
 
-def plan(overrides: dict[str, Any], mode: str) -> tuple[Config, dict | None, gpt.GPT | None]:
+def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | None]:
     """What to train, and the checkpoint to go on from or the model to start from, if any."""
     path = folder_of(overrides) / "ckpt.pt"
     if "max_iters" in overrides:  # what is typed wins over the max_epochs of a preset
@@ -132,37 +131,33 @@ def plan(overrides: dict[str, Any], mode: str) -> tuple[Config, dict | None, gpt
                             "to drop it, or name another --out_dir")
     if mode == "resume":
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
-        hint = f" (runs to resume: {others})" if others else ""
-        notice(f"there is no {path} yet: starting from the beginning{hint}")
-    source, preset = None, Config.from_preset(overrides.get("preset"))
+        notice(f"there is no {path} yet: starting from the beginning"
+               + (f" (runs to resume: {others})" if others else ""))
+    preset = Config.from_preset(overrides.get("preset"))
     init_from = overrides.get("init_from", preset.init_from)
-    if init_from:
-        source = load_source(init_from)
-        overrides = overrides | architecture(source.config, overrides)
-    return Config.from_preset(**overrides), None, source
+    if not init_from:
+        return Config.from_preset(**overrides), None, None
+    source = load_source(init_from)
+    return Config.from_preset(**overrides | architecture(source.config, overrides)), None, source
 
 
-def folder_of(overrides: dict[str, Any]) -> Path:
+def folder_of(overrides: dict) -> Path:
     return Path(overrides.get("out_dir") or Config.from_preset(overrides.get("preset")).out_dir)
 
 
-def resumed_config(overrides: dict[str, Any], checkpoint: dict[str, Any], path: Path) -> Config:
+def resumed_config(overrides: dict, checkpoint: dict, path: Path) -> Config:
     """The checkpoint's Config with the overrides, if they may change. UserError if not."""
     old = gpt.config_of(checkpoint, path)
-    fields = {field.name for field in dataclasses.fields(State)}
-    if "data" not in checkpoint or checkpoint.get("state", {}).keys() != fields:
-        raise UserError(f"{path} does not hold a run of this version: name another --out_dir")
-    differs = {name: value for name, value in overrides.items() if getattr(old, name) != value}
-    if data.same_dataset(old.dataset, differs.get("dataset", old.dataset)):
-        differs.pop("dataset", None)
-    refused = [f"{name} {getattr(old, name)} -> {value}"
-               for name, value in differs.items() if name not in MAY_CHANGE]
+    # A dataset that is typed again may be spelt otherwise: `open_data` compares it.
+    changes = overrides | {"dataset": old.dataset, "out_dir": str(path.parent)}
+    refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
+               if name not in MAY_CHANGE and value != getattr(old, name)]
     if refused:
         raise UserError(f"a resumed run cannot change {', '.join(refused)}: train anew in another "
                         "--out_dir")
     notice(f"resuming {path}: its settings hold, whatever config.py says now; flags may change "
            + ", ".join(MAY_CHANGE))
-    return dataclasses.replace(old, **differs | {"out_dir": str(path.parent)})
+    return dataclasses.replace(old, **changes)
 
 
 def load_source(path: str) -> gpt.GPT:
@@ -171,7 +166,7 @@ def load_source(path: str) -> gpt.GPT:
     return gpt.load_model(path)
 
 
-def architecture(source: Config, overrides: dict[str, Any]) -> dict[str, Any]:
+def architecture(source: Config, overrides: dict) -> dict:
     """The settings a run takes from the model it starts from. UserError if others were typed."""
     taken = {name: getattr(source, name) for name in ARCHITECTURE}
     other = [f"{name} {value}, not {overrides[name]}" for name, value in taken.items()
@@ -185,19 +180,58 @@ def architecture(source: Config, overrides: dict[str, Any]) -> dict[str, Any]:
     return taken | {"block_size": size}
 
 
-# --------------------------------------------------------- The data, the machine, the other ranks
+# ------------------------------------------------------------------------------------- The start
 
 
-def prepared_data(config: Config, overrides: dict[str, Any], may_prepare: bool) -> dict[str, Any]:
-    """meta.json of the data, which is prepared if it is not there and may be. UserError if not."""
-    folder = Path(config.data_dir)
-    if not any((folder / name).exists() for name in ("meta.json", "train.bin", "val.bin")):
-        if not may_prepare:
-            raise UserError(f"there is no prepared data in {folder}: run prepare_data.py before, "
-                            "or name another --data_dir")
-        notice(f"no prepared data in {folder}: preparing {config.dataset}")
+def start(config: Config, overrides: dict, checkpoint: dict | None = None,
+          source: gpt.GPT | None = None) -> "Run":
+    """The run, fresh, with the weights of `source`, or as its checkpoint left it.
+
+    Refuses what cannot be before anything is made or lost.
+    """
+    ranks = Ranks(device_for(config))
+    if config.tensorboard:
+        import_tensorboard()
+    # A new run prepares its data; several processes would all do so at once.
+    if checkpoint is None and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
+        notice(f"no prepared data in {config.data_dir}: preparing {config.dataset}")
         data.prepare(config.dataset, config.data_dir)
-    meta = data.load_meta(config.data_dir)
+    meta = open_data(config, overrides)
+    config = dataclasses.replace(config, dataset=meta["dataset"])
+    if config.max_epochs is not None:
+        tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
+        length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
+        config = dataclasses.replace(config, max_iters=length, max_epochs=None)
+    run = Run(config, meta, ranks, source)
+    if checkpoint:
+        restore(run, checkpoint)
+    # As whole numbers, the bits of the weights add up to the same in any order.
+    weights = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()
+    facts = (run.state.iteration, hashes(meta), config.seed, config.max_iters, weights)
+    if any(other != facts for other in ranks.gather(facts)):
+        raise UserError("the ranks differ in data, checkpoint or settings: out_dir and data_dir "
+                        "must be the same files for all")
+    return run
+
+
+def device_for(config: Config) -> torch.device:
+    """The device of a run. UserError if the config asks for what is not to be had here."""
+    if config.vocab_size != data.END_OF_TEXT + 1:
+        raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
+    device = gpt.pick_device(config.device)
+    gpt.pick_dtype(config.dtype, device)
+    # glibc would give large blocks back to the system, and every micro-batch would pay for fresh
+    # pages: a fifth of the time on a CPU, half where they are scarce. So it keeps what is freed.
+    if (device.type, sys.platform) == ("cpu", "linux") and hasattr(ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return device
+
+
+def open_data(config: Config, overrides: dict) -> dict:
+    """meta.json of the prepared data. UserError if it is not there, or not what was asked for."""
+    folder, meta = config.data_dir, data.load_meta(config.data_dir)
     wanted = overrides.get("dataset", meta["dataset"])
     if not data.same_dataset(meta["dataset"], wanted):
         raise UserError(f"{folder} holds {meta['dataset']}, not {wanted}: name another --data_dir, "
@@ -210,14 +244,83 @@ def prepared_data(config: Config, overrides: dict[str, Any], may_prepare: bool) 
     return meta
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed. It would give large blocks back to the system, and every
-    micro-batch would pay for fresh pages: a fifth of the time on a CPU, half where they are scarce.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+def compile_model(run: "Run") -> None:
+    """torch.compile, tried on one micro-batch. Where it fails on any rank, auto goes on without."""
+    config, problem = run.config, ""
+    if config.compile == "false":
+        return
+    # A micro-batch as `Run.step` has it; a rank may have none.
+    step = np.arange(config.batch_size * config.gradient_accumulation_steps)
+    rows = len(run.ranks.share(step)[: config.micro_batch_size]) or 1
+    ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
+    run.compiled = True
+    try:
+        run.model.compile_parts()
+        with run.arithmetic():
+            loss = run.model(ids, ids)
+        run.scaler.scale(loss).backward()
+    except Exception as error:  # of many kinds: the compiler, its headers, its cache, the GPU
+        problem = f"{type(error).__name__}: {one_line(error)}"[:150]
+    problems = [text for text in run.ranks.gather(problem) if text]
+    run.compiled = not problems
+    if problems and config.compile == "true":
+        raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
+                        "auto")
+    if problems:
+        run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
+
+
+def take_folder(run: "Run", replaces: bool) -> None:
+    """Makes out_dir and holds it until the process ends. UserError if another one does."""
+    run.replaces = replaces
+    if not run.is_main:
+        return
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    if lock_folder(run.out_dir) is None:
+        raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
+    for partial in run.out_dir.glob(".*.partial"):  # what a kill left of atomic writes
+        partial.unlink()
+    if not replaces:
+        write_record(run)
+
+
+def describe(run: "Run") -> None:
+    """What is about to run, in a few lines."""
+    config, tokens = run.config, len(run.tokens["train"])
+    length = config.max_iters * config.tokens_per_iteration
+    steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
+    size = config.tokens_per_iteration * config.gradient_accumulation_steps
+    differs = ", ".join(f"{name} {value}" for name, value in differences(config).items())
+    run.say(f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
+            f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
+            + ("compiled" if run.compiled else "not compiled"))
+    run.say(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
+    run.say(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
+            f"tokens in all, {length / tokens:.2f} epochs")
+    run.say(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
+            f"sequences in an iteration; seed {config.seed}; differs from the preset: "
+            + (differs or "nothing"))
+    if run.state.iteration:
+        run.say(f"going on from iteration {run.state.iteration:,}")
+
+
+def differences(config: Config) -> dict:
+    """The settings that are not the preset's (the reference's, if it is gone), places aside."""
+    preset = Config()
+    with contextlib.suppress(UserError):  # it may be gone, or broken since
+        preset = Config.from_preset(config.preset)
+    aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
+    return {name: value for name, value in dataclasses.asdict(config).items()
+            if value != getattr(preset, name) and name not in aside}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
+
+
+# --------------------------------------------------------------------- The other ranks, and signals
 
 
 class Ranks:
@@ -230,12 +333,8 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.rank, self.size, self.device = 0, 1, device
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        values = [os.environ.get(name, "") for name in names]
-        self.launched = all(values)  # by torchrun; one of them alone is left from something else
-        if not self.launched:
-            if values[1] not in ("", "0", "1"):
-                notice(f"WORLD_SIZE is {values[1]}, but without {', '.join(names)} all set: this "
-                       "process trains alone")
+        values = [os.environ.get(name) for name in names]
+        if not all(values):  # one of them alone is left from something else
             return
         try:
             self.rank, self.size, local = map(int, values[:3])
@@ -246,72 +345,64 @@ class Ranks:
                 torch.cuda.set_device(self.device)
             # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
         except (RuntimeError, ValueError) as problem:
-            raise UserError(f"the ranks cannot meet at {':'.join(values[3:])} "
-                            f"({one_line(problem)[:80]}): start with torchrun, or unset "
-                            + ", ".join(names)) from None
+            raise UserError(f"the ranks cannot meet ({one_line(problem)[:80]}): start with "
+                            f"torchrun, or unset {', '.join(names)}") from None
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """This rank's part of the items, as even as can be; some get none if they are few."""
         begin, end = len(items) * self.rank, len(items) * (self.rank + 1)
         return items[begin // self.size : end // self.size]
 
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sums the tensor over the ranks, in place. UserError if one of them has gone."""
+    def together(self, collective: Callable[..., Any], *args: Any) -> None:
+        """Calls it once all ranks have come here. UserError if one of them has gone."""
         if self.size > 1:
             try:
-                dist.all_reduce(tensor)
+                collective(*args)
             except RuntimeError as problem:
                 reason = one_line(problem)[:80]
                 raise UserError(f"lost the other ranks ({reason}): go on with --resume") from None
 
-    def all_reduce_gradients(self, model: gpt.GPT, loss: torch.Tensor) -> None:
+    def gather(self, fact: Any) -> list[Any]:
+        """Every rank's fact, for all of them."""
+        facts = [fact] * self.size
+        self.together(dist.all_gather_object, facts, fact)
+        return facts
+
+    def all_reduce_gradients(self, model: gpt.GPT, loss: Tensor) -> None:
         """Sums all gradients and the loss, in one go. A rank that had no work joins with zeros."""
         if self.size > 1:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             tensors = [*(p.grad for p in model.parameters()), loss]
             flat = parameters_to_vector(tensors)
-            self.all_reduce(flat)
+            self.together(dist.all_reduce, flat)
             vector_to_parameters(flat, tensors)
-
-    def max(self, value: int) -> int:
-        """The largest of the ranks' values, once all have come here."""
-        values = torch.zeros(self.size, dtype=torch.int64)
-        values[self.rank] = value
-        self.all_reduce(values)
-        return int(values.max())
-
-    def wait(self) -> None:
-        """Until all ranks have come here."""
-        self.max(0)
-
-    def check_same(self, *facts: Any) -> None:
-        """UserError unless all ranks have the same facts (several machines may differ in files)."""
-        everyone: list[Any] = [facts] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everyone, facts)
-        if any(other != facts for other in everyone):
-            raise UserError("the ranks differ in data, checkpoint or settings: out_dir and "
-                            "data_dir must be the same files for all")
 
 
 class Stopped(Exception):
-    """A signal has come: what was begun is dropped, the last whole step stands."""
-
-    def __init__(self, number: int):
-        self.signal = number
+    """A signal, whose number it holds: what was begun is dropped, the last whole step stands."""
 
 
 HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 class StopSignal:
-    """A signal as a wish to stop: the first is noted, a second ends the process."""
+    """`with` it, a signal is a wish to stop: the first is noted, a second ends the process."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.caught, self.at = ranks, 0, 0.0  # caught: the signal's number
+
+    def __enter__(self) -> None:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(HANGUP)
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+
+    def __exit__(self, *problem: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number: int, frame: Any) -> None:
         # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun; a closed
@@ -326,98 +417,12 @@ class StopSignal:
 
     def check(self) -> None:
         """Raises Stopped on every rank if a signal has come to any."""
-        number = self.ranks.max(self.caught)
+        number = max(self.ranks.gather(self.caught))
         if number:
             raise Stopped(number)
 
 
-def catch_signals(stop: StopSignal) -> dict[int, Any]:
-    """From now on they wish the run to stop; returns who handled them before."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
-        numbers.append(HANGUP)  # a terminal that closes; nohup has it ignored
-    return {number: signal.signal(number, stop.catch) for number in numbers}
-
-
-# ------------------------------------------------------------------------------------- The start
-
-
-@dataclasses.dataclass
-class State:
-    """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them."""
-
-    iteration: int = 0
-    best_val_loss: float = math.inf
-    seconds: float = 0.0
-    grad_norm: float = 0.0
-    skipped_updates: int = 0
-    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
-
-
-def start(config: Config, overrides: dict[str, Any], checkpoint: dict[str, Any] | None = None,
-          source: gpt.GPT | None = None, may_prepare: bool = True, prepared: bool = True) -> "Run":
-    """The run, fresh, with the weights of `source`, or as its checkpoint left it.
-
-    Refuses what cannot be before anything is made or lost. Not `prepared`: without data.
-    """
-    device = gpt.pick_device(config.device)
-    dtype = gpt.pick_dtype(config.dtype, device)
-    if config.vocab_size != data.END_OF_TEXT + 1:
-        raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
-    for path in (Path(config.out_dir), *Path(config.out_dir).parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{config.out_dir} cannot be a folder: {path} is a file")
-    if config.tensorboard:
-        import_tensorboard()
-    if device.type == "cpu":
-        keep_freed_memory()
-    ranks = Ranks(device)
-    may_prepare = may_prepare and checkpoint is None and not ranks.launched
-    meta: dict[str, Any] = {"dataset": config.dataset, "splits": {}}
-    if prepared:
-        meta = prepared_data(config, overrides, may_prepare)
-    config = dataclasses.replace(config, dataset=meta["dataset"])
-    if config.max_epochs is not None and prepared:
-        tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
-        length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        dataclasses.replace(config, max_iters=length, max_epochs=None)  # checks the schedule
-        config = dataclasses.replace(config, max_iters=length)
-    run = Run(config, meta, dtype, ranks)
-    if checkpoint:
-        restore(run, checkpoint)
-    elif source:  # with as many of its positions as this context has
-        positions = {"transformer.wpe.weight": source.transformer.wpe.weight[: config.block_size]}
-        gpt.load_weights(run.model, source.state_dict() | positions, "the model to start from")
-    # As whole numbers, the bits of the weights add up to the same in any order.
-    weights = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()
-    ranks.check_same(run.state.iteration, hashes(meta), config.seed, config.max_iters, weights)
-    return run
-
-
-def compile_model(run: "Run") -> None:
-    """torch.compile, tried on one micro-batch. Where it fails on any rank, auto goes on without."""
-    config, problem = run.config, ""
-    if config.compile == "false":
-        return
-    # A micro-batch as `Run.step` has it; a rank may have none.
-    share = run.ranks.share(np.arange(config.batch_size * config.gradient_accumulation_steps))
-    rows = max(min(config.micro_batch_size, len(share)), 1)
-    ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
-    run.compiled = True
-    try:
-        run.model.compile_parts()
-        with run.arithmetic():
-            loss = run.model(ids, ids)
-        run.scaler.scale(loss).backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of many kinds: the compiler, its headers, its cache, the GPU
-        problem = one_line(error)[:150]
-    run.compiled = not run.ranks.max(bool(problem))
-    if not run.compiled and config.compile == "true":
-        raise UserError(f"compile true does not work here ({problem}): use --compile false or auto")
-    if not run.compiled:
-        run.say(f"not compiled, since torch.compile does not work here: {problem}")
+# ------------------------------------------------------------------------------------ The optimizer
 
 
 class Muon(torch.optim.AdamW):
@@ -428,21 +433,18 @@ class Muon(torch.optim.AdamW):
     A step with `found_inf` 1 (as fused optimizers have it) changes no weight and no memory.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any):
+    def __init__(self, groups: list[dict], dtype: torch.dtype, **options: Any):
         super().__init__(groups, fused=True, **options)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if "momentum" not in group]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
+        for group in self.param_groups:
             if "momentum" in group:
                 self.step_matrices(group)
+        super().step()
 
-    def step_matrices(self, group: dict[str, Any]) -> None:
+    def step_matrices(self, group: dict) -> None:
         finite, directions = self.found_inf == 0, []
         for p in group["params"]:
             if not self.state[p]:  # AdamW's loading of a checkpoint wants a step in every state
@@ -458,9 +460,10 @@ class Muon(torch.optim.AdamW):
         for p, direction in zip(group["params"], stacked.flatten(1, 2), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"] * finite)
             p.sub_(direction, alpha=rate)
+            p.grad = None  # so that AdamW leaves it alone
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrices (..., rows, columns) with all singular values near 1, from 0.7 to 1.2.
 
     Five rounds of a Newton-Schulz iteration, whose polynomial brings them there fast (Jordan et
@@ -479,7 +482,7 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
     """Matrices and embeddings decay, biases and LayerNorms do not. A group's `lr_mult` is its rate
     as a multiple of the learning rate.
     """
-    groups: dict[Any, dict[str, Any]] = {}
+    groups: dict[Any, dict] = {}
     for name, p in model.named_parameters():
         group = dict(weight_decay=config.weight_decay, lr_mult=1.0)
         if p.dim() == 1:
@@ -497,56 +500,26 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
                 betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def take_folder(folder: Path) -> None:
-    """Makes out_dir and holds it until the process ends. UserError if another one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if lock_folder(folder) is None:
-        raise UserError(f"another train.py is at work in {folder}: name another --out_dir")
-    for partial in folder.glob(".*.partial"):  # what a kill left of atomic writes
-        partial.unlink()
+# ---------------------------------------------- The place in a run: when, how fast, which sequences
 
 
-def describe(run: "Run") -> None:
-    """What is about to run, in a few lines."""
-    config, length = run.config, run.config.max_iters * run.config.tokens_per_iteration
-    steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
-    tokens = len(run.tokens["train"])
-    differs = [f"{name} {value}" for name, value in differences(config).items()]
-    notice(f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
-           f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
-           + ("compiled" if run.compiled else "not compiled"))
-    notice(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
-    size = config.tokens_per_iteration * config.gradient_accumulation_steps
-    notice(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
-           f"tokens in all, {length / tokens:.2f} epochs")
-    notice(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
-           f"sequences in an iteration; seed {config.seed}; differs from the preset: "
-           + (", ".join(differs) or "nothing"))
-    if run.state.iteration:
-        notice(f"going on from iteration {run.state.iteration:,}")
+@dataclasses.dataclass
+class State:
+    """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
 
+    Tensors stay on the device until somebody asks: to read them stalls a GPU.
+    """
 
-def differences(config: Config) -> dict[str, Any]:
-    """The settings that are not the preset's (the reference's, if it is gone), places aside."""
-    preset = Config()
-    with contextlib.suppress(UserError):  # it may be gone, or broken since
-        preset = Config.from_preset(config.preset)
-    aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
-    return {name: value for name, value in dataclasses.asdict(config).items()
-            if value != getattr(preset, name) and name not in aside}
+    iteration: int = 0
+    seconds: float = 0.0
+    grad_norm: Tensor = torch.zeros(())  # of the last step
+    skipped_updates: Tensor = torch.zeros(())
+    skipped_in_a_row: Tensor = torch.zeros(())
+    log: list[Row] = dataclasses.field(default_factory=list)
 
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
-
-
-def command(run: "Run", flag: str) -> str:
-    return f"python train.py {flag} --out_dir {shlex.quote(str(run.out_dir))}"
-
-
-# --------------- When, how fast, which sequences: functions of the config and the place in the run
+    def best(self) -> Row | None:
+        """The row of the log with the lowest validation loss; of equal ones the first."""
+        return min(self.log, key=lambda row: row["val_loss"], default=None)
 
 
 def step_end(config: Config, iteration: int) -> int:
@@ -669,7 +642,7 @@ def train(run: "Run") -> None:
     """
     config, state, points = run.config, run.state, evaluation_points(run.config)
     saved_at = time.monotonic()
-    with Progress(run, points) as progress:
+    with contextlib.closing(Progress(run)) as progress:
         while True:
             # Once in a while: evaluate, and keep the best weights and what it takes to go on.
             due = due_evaluation(points, state)
@@ -677,15 +650,15 @@ def train(run: "Run") -> None:
                 row = evaluate(run, due, progress.tokens_per_second())
                 save_checkpoint(run, row)
                 progress.tell(row)
-                progress.begin_lap()
                 saved_at = time.monotonic()
             if state.iteration >= config.max_iters:
                 return
             # One step of the optimizer.
             run.step()
-            progress.show()
+            progress.show(evaluates=state.iteration in points)
             # A checkpoint by the clock: also before an evaluation, which may take long.
-            if run.ranks.max(time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
+            minutes = (time.monotonic() - saved_at) / 60
+            if max(run.ranks.gather(minutes)) > config.checkpoint_minutes:
                 save_checkpoint(run)
                 saved_at = time.monotonic()
 
@@ -693,28 +666,29 @@ def train(run: "Run") -> None:
 class Run:
     """A model in training: what a step needs."""
 
-    def __init__(self, config: Config, meta: dict[str, Any], dtype: torch.dtype, ranks: Ranks):
-        self.config, self.meta, self.dtype, self.ranks = config, meta, dtype, ranks
-        self.device = device = ranks.device
-        self.out_dir = Path(config.out_dir)
-        self.stop = StopSignal(ranks)
-        self.state, self.begun = State(), time.monotonic()
+    def __init__(self, config: Config, meta: dict, ranks: Ranks, source: gpt.GPT | None = None):
+        """Weights are drawn, or those of `source`, with the positions that this context has."""
+        self.config, self.meta, self.ranks, self.device = config, meta, ranks, ranks.device
+        self.is_main = ranks.rank == 0  # the one that writes and talks
+        self.dtype = gpt.pick_dtype(config.dtype, self.device)
+        self.out_dir, self.versions = Path(config.out_dir), versions_of(self.device)
+        self.stop, self.state, self.begun = StopSignal(ranks), State(), time.monotonic()
         self.compiled = self.undrawn = self.replaces = False
-        self.versions = versions_of(device)
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
-        # Drawn on the CPU: the same weights on every device.
-        self.model = gpt.GPT(config, data.token_bytes()).to(device)
-        self.optimizer = make_optimizer(self.model, config, dtype)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        # Figures of the last step, and how many were skipped, in all and in a row. They stay on
-        # the device until `read_figures`, since reading stalls a GPU.
-        zero = torch.zeros((), device=device)
-        self.loss = self.grad_norm = self.skipped = self.skipped_in_a_row = zero
-        self.scaler.scale(zero)  # makes its scale, which a rank whose share is empty needs too
+        model = gpt.GPT(config, data.token_bytes())
+        if source:
+            positions = source.transformer.wpe.weight[: config.block_size]
+            weights = source.state_dict() | {"transformer.wpe.weight": positions}
+            gpt.load_weights(model, weights, "the model to start from")
+        self.model = model.to(self.device)  # drawn on the CPU: the same on every device
+        self.optimizer = make_optimizer(model, config, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.loss = torch.zeros((), device=self.device)  # of the last step
+        self.scaler.scale(self.loss)  # makes its scale, which a rank without work needs too
 
     def say(self, line: str) -> None:
-        if self.ranks.rank == 0:
+        if self.is_main:
             notice(line)
 
     @contextlib.contextmanager
@@ -730,17 +704,16 @@ class Run:
 
         Raises Stopped, with no weight changed, if a signal comes first.
         """
-        config, begin = self.config, self.state.iteration
+        config, begin, tokens = self.config, self.state.iteration, self.tokens["train"]
         end = step_end(config, begin)
         # Which sequences: a function of the seed and the iteration, the same on every rank.
-        length = len(self.tokens["train"])
-        starts = np.concatenate([crop_starts(config, i, length) for i in range(begin, end)])
+        starts = np.concatenate([crop_starts(config, i, len(tokens)) for i in range(begin, end)])
         # Gradients of the micro-batches add up to that of the mean loss over all sequences.
         self.optimizer.zero_grad()
         self.loss = torch.zeros((), device=self.device)
         for number, some in enumerate(micro_batches(config, self.ranks.share(starts))):
             seed_torch(config.seed, DROPOUT, begin, number, self.ranks.rank)
-            x, y = read_batch(self.tokens["train"], some, config.block_size, self.device)
+            x, y = read_batch(tokens, some, config.block_size, self.device)
             with self.arithmetic():
                 share = len(some) / len(starts)
                 loss = self.model(x, y) * share
@@ -757,11 +730,11 @@ class Run:
 
     def update_weights(self, learning_rate: float) -> None:
         """Clips the gradient, steps, clears it. A gradient that is not finite changes no weight."""
+        state, limit = self.state, self.config.grad_clip or math.inf
         # Unscaled before it is measured: grad_clip means what it says, in float16 too.
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.grad_clip or math.inf
-        self.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
-        skip = (~self.grad_norm.isfinite()).float()
+        state.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
+        skip = (~state.grad_norm.isfinite()).float()  # 1 if it is not finite, else 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
         # Where found_inf is 1 the optimizer skips its step, on the device: no one waits for it.
@@ -769,8 +742,8 @@ class Run:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.skipped = self.skipped + skip
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
+        state.skipped_updates = state.skipped_updates + skip
+        state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skip
 
     @torch.no_grad()
     def mean_loss(self, tokens: np.ndarray, starts: np.ndarray, task: str = "") -> float:
@@ -781,128 +754,118 @@ class Run:
         self.model.eval()
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # it has no other
         total = torch.zeros((), dtype=exact, device=self.device)
+        size = min(self.config.block_size, len(tokens) - 1)
+        usual = (self.config.micro_batch_size, self.config.block_size)
         batches = micro_batches(self.config, self.ranks.share(starts))
-        for some in tqdm(batches, task, disable=not task or self.ranks.rank > 0, leave=False):
-            x, y = read_batch(tokens, some, self.config.block_size, self.device)
-            whole = len(some) == self.config.micro_batch_size  # a rest is not worth compiling for
-            with self.arithmetic(compiled=whole):
+        for some in tqdm(batches, task, disable=not (task and self.is_main), leave=False):
+            x, y = read_batch(tokens, some, size, self.device)
+            # What has another shape than a training batch is not worth compiling for.
+            with self.arithmetic(compiled=x.shape == usual):
                 total += self.model(x, y).to(exact) * len(some)
             if self.stop.caught:
                 break
         self.stop.check()
         self.model.train()
-        self.ranks.all_reduce(total)
+        self.ranks.together(dist.all_reduce, total)
         return total.item() / len(starts)
 
-    def read_figures(self) -> None:
-        """Brings the device's figures into the state. UserError if no step gets through."""
-        self.state.grad_norm = self.grad_norm.item()
-        self.state.skipped_updates = int(self.skipped.item())
-        if self.skipped_in_a_row.item() >= MAX_SKIPPED:
+    def check_gradients(self) -> None:
+        """UserError if no step gets through any more."""
+        if self.state.skipped_in_a_row >= MAX_SKIPPED:
             self.fail(f"the gradient has not been finite for {MAX_SKIPPED} steps")
 
     def fail(self, reason: str) -> None:
-        path = self.out_dir / "ckpt.pt"
-        last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
-        raise UserError(f"{reason}: try a lower learning_rate; {last}")
+        raise UserError(f"{reason}: try a lower learning_rate; the last good checkpoint, if there "
+                        f"is one, is {self.out_dir / 'ckpt.pt'}")
 
 
 # -------------------------------------------------------------------- Evaluation and checkpoints
 
 
-def evaluate(run: Run, iteration: int, tokens_per_second: float) -> dict[str, float]:
+def evaluate(run: Run, iteration: int, tokens_per_second: float) -> Row:
     """Scores both splits on their windows: a row of the log. UserError if a loss is not finite."""
-    config, state, losses = run.config, run.state, {}
-    for split, tokens in run.tokens.items():
-        losses[split] = run.mean_loss(tokens, even_starts(config, len(tokens)))
-        if not math.isfinite(losses[split]):
-            run.fail(f"the loss at iteration {iteration} is not finite")
-    run.read_figures()
+    config, state = run.config, run.state
+    losses = {split: run.mean_loss(tokens, even_starts(config, len(tokens)))
+              for split, tokens in run.tokens.items()}
+    if not all(map(math.isfinite, losses.values())):
+        run.fail(f"the loss at iteration {iteration} is not finite")
+    run.check_gradients()
     return dict(
         iteration=iteration, tokens=state.iteration * config.tokens_per_iteration,
         train_loss=losses["train"], val_loss=losses["val"],
         val_bits_per_byte=bits_per_byte(losses["val"], run.meta["splits"]["val"]),
         learning_rate=learning_rate_at(config, max(state.iteration - 1, 0)),  # of the last step
-        grad_norm=state.grad_norm, skipped_updates=state.skipped_updates,
+        grad_norm=state.grad_norm.item(), skipped_updates=int(state.skipped_updates),
         tokens_per_second=tokens_per_second, seconds=time.monotonic() - run.begun)
 
 
-def bits_per_byte(loss: float, split: dict[str, Any]) -> float:
+def bits_per_byte(loss: float, split: dict) -> float:
     """Nats a token as bits a UTF-8 byte of the split's text: comparable between vocabularies."""
     return loss / math.log(2) * split["tokens"] / split["bytes"]
 
 
-def save_checkpoint(run: Run, row: dict[str, float] | None = None) -> None:
+def save_checkpoint(run: Run, row: Row | None = None) -> None:
     """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there.
 
     After an evaluation, whose `row` joins the log: before that model.pt, if it is the best so far,
     and log.csv.
     """
-    config, model, state = run.config, run.model, run.state
-    run.read_figures()
+    state, path = run.state, run.out_dir / "ckpt.pt"
     state.seconds = time.monotonic() - run.begun
-    is_best = row is not None and row["val_loss"] < state.best_val_loss
-    if row is not None:
+    if row:
         state.log.append(row)
-        state.best_val_loss = min(state.best_val_loss, row["val_loss"])
-    if run.ranks.rank == 0:
-        save = functools.partial(
-            gpt.save_file, config=config, model=model, optimizer=run.optimizer.state_dict(),
-            scaler=run.scaler.state_dict(), state=dataclasses.asdict(state), data=hashes(run.meta))
-        path = run.out_dir / "ckpt.pt"
-        if run.replaces:  # the run that was here goes once what follows it is on the disk
-            save(run.out_dir / ".ckpt.pt.partial")
-            for name in ("ckpt.pt", "log.csv"):
-                (run.out_dir / name).unlink(missing_ok=True)
-        if is_best:
-            gpt.save_file(run.out_dir / "model.pt", config, model, **row)
+    if run.is_main:
+        parts = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                     state=vars(state), data=hashes(run.meta))
+        if run.replaces:  # the run that was here goes once there is room for the new one
+            trial = run.out_dir / ".ckpt.pt.partial"
+            gpt.save_file(trial, run.config, run.model, **parts)
+            for old in (path, path.with_name("log.csv"), trial):
+                old.unlink(missing_ok=True)
+        if row and row is state.best():
+            gpt.save_file(path.with_name("model.pt"), run.config, run.model, **row)
         if state.log:
-            write_log(run.out_dir / "log.csv", state.log)
+            write_log(path.with_name("log.csv"), state.log)
         write_record(run)
-        if run.replaces:
-            os.replace(run.out_dir / ".ckpt.pt.partial", path)
-        else:
-            save(path)
-        run.replaces = False
-    run.ranks.wait()
+        gpt.save_file(path, run.config, run.model, **parts)
+    run.replaces = False
+    run.ranks.gather(None)
 
 
-def restore(run: Run, checkpoint: dict[str, Any]) -> None:
+def restore(run: Run, checkpoint: dict) -> None:
     """The inverse of `save_checkpoint`. UserError if the data is not what the run began with."""
     path, old = run.out_dir / "ckpt.pt", Config(**checkpoint["config"])
-    if checkpoint["data"] != hashes(run.meta):
-        raise UserError(f"the data in {run.config.data_dir} has changed since this run began: "
-                        "resume with the data it was trained on")
-    gpt.load_weights(run.model, checkpoint["model"], path)
     try:
+        if checkpoint["data"] != hashes(run.meta):
+            raise UserError(f"the data in {run.config.data_dir} has changed since this run began: "
+                            "resume with the data it was trained on")
+        gpt.load_weights(run.model, checkpoint["model"], path)
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         if run.scaler.is_enabled() and checkpoint["scaler"]:
             run.scaler.load_state_dict(checkpoint["scaler"])
         run.state = State(**checkpoint["state"])
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        reason = one_line(problem)[:80]
-        raise UserError(f"{path} does not hold a run of this version ({reason})") from None
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]}): "
+                        "name another --out_dir") from None
     run.begun -= run.state.seconds
-    run.grad_norm = torch.tensor(run.state.grad_norm, device=run.device)
-    run.skipped = torch.tensor(float(run.state.skipped_updates), device=run.device)
-    then, now = ([c.warmup, c.decay_iters] for c in (old, run.config))
+    then, now = (f"warmup {c.warmup} and decay until iteration {c.decay_iters}"
+                 for c in (old, run.config))
     if then != now:
-        run.say("warning: the learning rate's schedule changes: warmup {} and decay until "
-                "iteration {}, not warmup {} and decay until iteration {}".format(*now, *then))
+        run.say(f"warning: the learning rate's schedule changes: {now}, not {then}")
 
 
-def hashes(meta: dict[str, Any]) -> dict[str, str]:
+def hashes(meta: dict) -> dict[str, str]:
     return {name: split["sha256"] for name, split in meta["splits"].items()}
 
 
-def write_log(path: Path, log: list[dict[str, float]]) -> None:
+def write_log(path: Path, log: list[Row]) -> None:
     lines = [",".join(log[0])]
     lines += [",".join(f"{value:.10g}" for value in row.values()) for row in log]
     with atomic_write(path) as partial:
         partial.write_text("\n".join(lines) + "\n")
 
 
-def versions_of(device: torch.device) -> dict[str, str | None]:
+def versions_of(device: torch.device) -> dict:
     """What a run is made with."""
     git, commit = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], None
     with contextlib.suppress(OSError):  # there is no git
@@ -911,19 +874,16 @@ def versions_of(device: torch.device) -> dict[str, str | None]:
                 device=device_name(device), commit=commit)
 
 
-def write_record(run: Run, final: dict[str, float] | None = None) -> None:
+def write_record(run: Run, final: Row | None = None) -> None:
     """run.json: what this run is and how far it has come, for people and plots.loss_curve."""
-    config, state = run.config, run.state
-    best = min(state.log, key=lambda row: row["val_loss"], default=None)
-    if best:
-        best = dict(iteration=best["iteration"], val_loss=best["val_loss"])
+    config, state, best = run.config, run.state, run.state.best()
     tokens = {name: split["tokens"] for name, split in run.meta["splits"].items()}
     record = dict(
         settings=dataclasses.asdict(config), differs=differences(config),
         data=dict(name=config.dataset, hashes=hashes(run.meta), tokens=tokens),
         versions=run.versions,
         tokens=state.iteration * config.tokens_per_iteration, seconds=state.seconds,
-        best=best, final=final)
+        best=best and dict(iteration=best["iteration"], val_loss=best["val_loss"]), final=final)
     with atomic_write(run.out_dir / "run.json") as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -934,27 +894,23 @@ def write_record(run: Run, final: dict[str, float] | None = None) -> None:
 class Progress:
     """The bar, a line an evaluation, the plot; and how fast training is, evaluations left out."""
 
-    def __init__(self, run: Run, points: dict[int, int]):
-        self.run, self.points, self.steps = run, points, 0
+    def __init__(self, run: Run):
+        self.run, self.first, self.events = run, True, None
         self.shown_at, self.drawn_at = 0.0, time.monotonic()
         self.bar = tqdm(
-            total=run.config.max_iters, initial=run.state.iteration, disable=run.ranks.rank > 0,
+            total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
             smoothing=0,  # the time left: as fast as on average, evaluations included
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
                        "{remaining} left{postfix}")
-        self.events = None
-        if run.config.tensorboard and run.ranks.rank == 0:
+        if run.config.tensorboard and run.is_main:
             last = run.state.log[-1]["iteration"] if run.state.log else 0
             self.events = import_tensorboard()(run.out_dir, purge_step=last + 1)
-        self.begin_lap()
-        if run.ranks.rank == 0 and not plot_path(run.config).exists():
+        if run.is_main and not plot_path(run.config).exists():
             draw(run)  # empty as it is, it shows whether drawing works
+        self.begin_lap()
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *problem: Any) -> None:
+    def close(self) -> None:
         self.bar.close()
         if self.events:
             self.events.close()
@@ -966,38 +922,37 @@ class Progress:
     def tokens_per_second(self) -> float:
         """How fast the steps since `begin_lap` were."""
         self.run.loss.item()
-        tokens = self.run.state.iteration - self.lap_from
-        tokens *= self.run.config.tokens_per_iteration
-        return tokens / (time.monotonic() - self.lap_at)
+        iterations = self.run.state.iteration - self.lap_from
+        seconds = time.monotonic() - self.lap_at
+        return iterations * self.run.config.tokens_per_iteration / seconds
 
-    def show(self) -> None:
+    def show(self, evaluates: bool) -> None:
         """After a step: the bar, and what stands behind it at most once a second."""
         run, state = self.run, self.run.state
         self.bar.update(state.iteration - self.bar.n)
-        self.steps += 1
-        if self.steps == 1 and state.iteration not in self.points:
+        if self.first and not evaluates:
             self.begin_lap()  # the first step is no measure of the others
         elif time.monotonic() - self.shown_at > 1:
-            run.read_figures()
+            run.check_gradients()
             rate = learning_rate_at(run.config, state.iteration - 1)
-            speed = self.tokens_per_second()
             self.bar.set_postfix_str(f"loss {run.loss.item():.3f}, lr {rate:.2e}, "
-                                     f"{speed:,.0f} tokens/s", refresh=False)
+                                     f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
             self.shown_at = time.monotonic()
+        self.first = False
 
-    def tell(self, row: dict[str, float]) -> None:
+    def tell(self, row: Row) -> None:
         """An evaluation: a line, events for TensorBoard, and the plot at most every 10 s."""
-        if self.run.ranks.rank > 0:
-            return
-        tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
-                   f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
-                   f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-        with contextlib.suppress(OSError):  # a full disk: log.csv will tell
-            for name, value in row.items() if self.events else ():
-                self.events.add_scalar(name, value, row["iteration"])
-        if time.monotonic() - self.drawn_at > 10:  # drawing takes half a second
-            draw(self.run)
-            self.drawn_at = time.monotonic()
+        if self.run.is_main:
+            tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
+                       f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
+                       f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+            if self.events:
+                for name, value in row.items():
+                    self.events.add_scalar(name, value, row["iteration"])
+            if time.monotonic() - self.drawn_at > 10:  # drawing takes half a second
+                draw(self.run)
+                self.drawn_at = time.monotonic()
+        self.begin_lap()
 
 
 def import_tensorboard() -> Any:
@@ -1021,15 +976,14 @@ def draw(run: Run) -> None:
     """
     config, log = run.config, run.state.log
     last = log[-1]["iteration"] if log else config.max_iters
-    iterations = np.unique(np.linspace(0, last - 1, 500).astype(int))
-    planned = [(i, learning_rate_at(config, int(i))) for i in iterations]
+    planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
     title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
     try:
         draw_run(plot_path(config), title, log, planned, published=config.preset == "reference")
         run.undrawn = False
     except Exception as error:  # of many kinds: matplotlib, its settings, the disk
         if not run.undrawn:
-            notice(f"no picture, training goes on: {one_line(error)[:150] or type(error).__name__}")
+            notice(f"no picture, training goes on: {type(error).__name__}: {one_line(error)[:150]}")
         run.undrawn = True
 
 
@@ -1041,125 +995,102 @@ def finish(run: Run) -> None:
     path, config = run.out_dir / "model.pt", run.config
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
-    if run.ranks.rank == 0:
+    if run.is_main:
         draw(run)
     plot = "" if run.undrawn else f" and {plot_path(config)}"
     run.say(f"wrote {path} (the best weights, iteration {best['iteration']:,}){plot}")
     # A forward pass is a third of an iteration: with a fifth of the tokens, 7 % of the time.
-    most = run.state.iteration * config.tokens_per_iteration // 5
-    try:
-        loss, scored = score_part(run, "val", most)
-    except KeyboardInterrupt:
-        run.say(f"not scored; to score it at any time: {command(run, '--eval_only')}")
-        raise
-    line, final = measures(loss, scored, run.meta["splits"]["val"])
-    run.say(line)
-    if run.ranks.rank == 0:
+    tokens = run.state.iteration * config.tokens_per_iteration
+    final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])], most=tokens // 5)
+    run.say(in_words(final))
+    if run.is_main:
         write_record(run, final)
         notice("a story from it:\n")
         tell_story(run)
 
 
-def tell_story(run: Run, prompt: str = "Once upon a time") -> None:
-    """A short story on stdout, by sample.py's defaults."""
-    ids = torch.tensor(data.encode_text(prompt).astype(np.int64), device=run.device)[None]
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    with torch.compiler.set_stance("force_eager"):  # every token of a story has its own shape
-        rows = gpt.generate(run.model.eval(), ids, 150, 0.8, 50, generator, data.END_OF_TEXT)
-        tokens = (row.item() for row in rows)
-        print(prompt + "".join(gpt.stream_text(tokens, data.token_bytes(), data.END_OF_TEXT)))
+def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.maxsize) -> dict:
+    """The loss over a text, every token but the very first predicted once; or over about `most`
+    tokens of it, in evenly spaced windows.
 
-
-def score(run: Run, pieces: Iterable[np.ndarray]) -> tuple[float, int]:
-    """The mean loss over a text that comes in pieces, arrays of ids: every token but the very first
-    is predicted once. And how many these are.
+    The text comes in batches: ids, and how many `tokens` and UTF-8 `bytes` these are.
     """
-    size, total, count = run.config.block_size, 0.0, 0
-    rest = np.array([], dtype=np.uint16)
-    for piece in pieces:
-        tokens = np.concatenate([rest, piece]) if len(rest) else piece
+    size, counts = run.config.block_size, Counter()
+    total, scored, rest = 0.0, 0, np.array([], dtype=np.uint16)
+    for ids, these in text:
+        for name in ("tokens", "bytes"):
+            counts[name] += these[name]
+        tokens = np.concatenate([rest, ids]) if len(rest) else ids
         starts = np.arange(0, len(tokens) - size, size)  # side by side
+        rest = tokens[len(starts) * size :]
+        count = max(most // size, 1)
+        if count < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
+            rest = rest[:0]
         if len(starts):
             total += run.mean_loss(tokens, starts, "scoring") * len(starts) * size
-        count += len(starts) * size
-        rest = tokens[len(starts) * size :]
+            scored += len(starts) * size
     if len(rest) > 1:  # a last window, shorter than the others
-        x, y = read_batch(rest, np.array([0]), len(rest) - 1, run.device)
-        run.model.eval()
-        with torch.no_grad(), run.arithmetic(compiled=False):
-            total += run.model(x, y).item() * len(y[0])
-        count += len(y[0])
-    if not count:
+        total += run.mean_loss(rest, np.array([0])) * (len(rest) - 1)
+        scored += len(rest) - 1
+    if not scored:
         raise UserError("there is no text to score")
-    return total / count, count
+    return measures(total / scored, scored, counts)
 
 
-def score_part(run: Run, split: str, most: int) -> tuple[float, int]:
-    """The mean loss over about `most` tokens of a split, in evenly spaced windows, or over all of
-    it where that suffices. And how many these are.
-    """
-    tokens, size = run.tokens[split], run.config.block_size
-    starts = np.arange(0, len(tokens) - size, size)
-    count = max(most // size, 1)
-    if count >= len(starts):
-        return score(run, [tokens])
-    some = starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
-    return run.mean_loss(tokens, some, "scoring"), count * size
+def measures(loss: float, scored: int, text: dict) -> dict:
+    """What run.json says of a loss over so many tokens of a text."""
+    perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
+    return dict(val_loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte(loss, text),
+                tokens_scored=scored, tokens=text["tokens"])
 
 
-def measures(loss: float, scored: int, split: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """A loss as a line for people and as run.json has it."""
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    bits = bits_per_byte(loss, split)
-    line = f"validation loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte"
-    final = dict(val_loss=loss, perplexity=perplexity if loss < 700 else None, bits_per_byte=bits,
-                 tokens_scored=scored, tokens=split["tokens"])
-    if scored < split["tokens"] - 1:
-        line += f", on {scored:,} of {split['tokens']:,} tokens"
-    return line, final
+def in_words(final: dict) -> str:
+    line = (f"validation loss {final['val_loss']:.4f}, perplexity "
+            f"{final['perplexity'] or math.inf:.2f}, {final['bits_per_byte']:.4f} bits per byte")
+    if final["tokens_scored"] < final["tokens"] - 1:
+        line += f", on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
+    return line
 
 
-def score_only(overrides: dict[str, Any]) -> None:
+def tell_story(run: Run) -> None:
+    """A short story on stdout, by sample.py's defaults."""
+    prompt, end = "Once upon a time", data.END_OF_TEXT
+    ids = torch.tensor(data.encode_text(prompt).astype(np.int64), device=run.device)[None]
+    torch.manual_seed(run.config.seed)
+    with torch.compiler.set_stance("force_eager"):  # every token of a story has its own shape
+        rows = gpt.generate(run.model.eval(), ids, 150, 0.8, top_k=50, end_of_text=end)
+        tokens = (row.item() for row in rows)
+        print(prompt + "".join(gpt.stream_text(tokens, data.token_bytes(), end)))
+
+
+def score_only(overrides: dict) -> None:
     """--eval_only: a model's score on stdout. Writes nothing: its run may be going on.
 
     The whole validation split of prepared data, or all stories of a text that --dataset names.
     """
     path = overrides.get("init_from") or str(folder_of(overrides) / "model.pt")
-    if "init_from" not in overrides and not Path(path).is_file():
-        raise UserError(f"there is no {path} to score: name its --out_dir, or --init_from a model")
     source = load_source(path)
-    text = overrides.get("dataset", "")
-    if "data_dir" in overrides or not data.is_path(text):
-        text = ""
-    # The run's own data, but the device at hand; to compile for one round over it does not pay.
-    changes = dict(device="auto", dtype="auto", compile="false", device_batch_size=None,
-                   tensorboard=False, max_epochs=None)
-    if "preset" in overrides and "init_from" in overrides:
-        changes["dataset"] = Config.from_preset(overrides["preset"]).dataset
-    may_change = {"data_dir", "dataset", *changes}
-    changes |= {name: value for name, value in overrides.items() if name in may_change}
-    if "dataset" in changes:  # its folder, unless one was typed
+    # The run's own data, but the device at hand.
+    changes = dict(device="auto", dtype="auto", device_batch_size=None)
+    for name in (*changes, "dataset", "data_dir"):
+        if name in overrides:
+            changes[name] = overrides[name]
+    if "dataset" in overrides:  # its folder, unless one was typed
         changes.setdefault("data_dir", None)
     changes |= architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
-    run = start(config, overrides, source=source, may_prepare=False, prepared=not text)
-    if text:
-        split: Counter[str] = Counter()
-        loss, scored = score(run, count_ids(text, split))
+    ranks, text = Ranks(device_for(config)), overrides.get("dataset")
+    if text and data.is_path(text) and "data_dir" not in overrides:
+        run = Run(config, {"splits": {}}, ranks, source)
+        final = score(run, data.stream_ids(text))
     else:
-        split = run.meta["splits"]["val"]
-        loss, scored = score(run, [run.tokens["val"]])
-    what = text or f"the whole validation split of {config.data_dir}"
-    run.say(f"{path} on {what} ({split['tokens']:,} tokens), {config.block_size} at once:")
-    if run.ranks.rank == 0:
-        print(measures(loss, scored, split)[0])
-
-
-def count_ids(text: str, counts: Counter[str]) -> Iterator[np.ndarray]:
-    """The ids of a text's stories, batch by batch, counted on the way."""
-    for ids, these in data.stream_ids(text):
-        counts.update(these)
-        yield ids
+        text = f"the whole validation split of {config.data_dir}"
+        run = Run(config, open_data(config, overrides), ranks, source)
+        final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
+    run.say(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
+    if run.is_main:
+        print(in_words(final))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import errno
 import importlib
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -270,13 +269,6 @@ def test_a_model_trained_with_tensorboard_is_scored_without(data, tmp_path, monk
     assert "validation loss" in main("--eval_only", out_dir=tmp_path / "out", device="cpu")[0]
 
 
-def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_prepared(data, tmp_path):
-    (tmp_path / "file").touch()
-    flags = dict(out_dir=tmp_path / "file" / "out", data_dir=tmp_path / "new")
-    assert "is a file" in refusal(run_short, data, tmp_path, dataset="toy", **flags)
-    assert files_in(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize("fails", ["model.pt", ".ckpt.pt.partial"])
 def test_the_first_files_of_a_run_that_overwrites_and_those_of_the_old_run_do_not_mix(
     data, tmp_path, monkeypatch, fails
@@ -303,7 +295,6 @@ def test_the_first_files_of_a_run_that_overwrites_and_those_of_the_old_run_do_no
         assert snapshot(tmp_path / "out") == before
     monkeypatch.undo()
     run.state.log.clear()
-    run.state.best_val_loss = math.inf
     train.save_checkpoint(run, train.evaluate(run, 4, 1.0))
     assert files_in(tmp_path / "out") == ["ckpt.pt", "log.csv", "model.pt", "run.json"]
     assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 2
@@ -328,7 +319,7 @@ def test_what_a_platform_left_in_the_environment_is_not_torchrun(monkeypatch, le
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     ranks = train.Ranks(torch.device("cpu"))
-    assert (ranks.rank, ranks.size, ranks.launched) == (0, 1, False)
+    assert (ranks.rank, ranks.size) == (0, 1)
 
 
 def test_ranks_that_are_no_numbers_are_named(monkeypatch):

@@ -867,7 +867,7 @@ def test_without_a_checkpoint_resume_begins_and_says_so(place, whole):
 
 
 def test_stopped_in_the_last_scoring_a_run_has_all_its_files_and_says_so(place):
-    hook = at("score_part", 1, signal_self, signal.SIGINT)
+    hook = at("score", 1, signal_self, signal.SIGINT)
     result = place.begin(hooks=(hook,)).wait()
     assert result.status == 130 and "Traceback" not in result.err
     assert f"wrote {place.out / 'model.pt'}" in result.err

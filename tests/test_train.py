@@ -369,7 +369,8 @@ def test_steps_equal_plain_ones_on_one_large_batch(data, tmp_path, device_batch_
     run.step()
     assert run.state.iteration == 6
     assert run.loss.item() == pytest.approx(loss, rel=1e-5)
-    assert run.grad_norm.item() == pytest.approx(norm, rel=1e-4) and norm > run.config.grad_clip
+    assert run.state.grad_norm.item() == pytest.approx(norm, rel=1e-4)
+    assert norm > run.config.grad_clip
     for name, p in run.model.named_parameters():
         moved = (expected[name] - before[name]).abs().max()
         assert (p - expected[name]).abs().max() < 1e-3 * moved, name
@@ -531,8 +532,7 @@ def test_steps_in_every_precision_stay_close_to_float32(data, tmp_path, device, 
         run.step()
         assert run.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
     # Unscaled before it is measured.
-    assert run.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=5e-2)
-    run.read_figures()
+    assert run.state.grad_norm.item() == pytest.approx(exact.state.grad_norm.item(), rel=5e-2)
     assert run.state.skipped_updates == 0
     starts = train.even_starts(exact.config, 500)
     losses = [r.mean_loss(r.tokens["val"], starts) for r in (exact, run)]
@@ -564,7 +564,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     handle = poison(run, value)
     run.step()
     handle.remove()
-    run.read_figures()
     assert same(weights_of(run), before)
     assert run.state.skipped_updates == 1 and run.state.iteration == 4
     # The optimizer has not noticed either: the next step is that of a run without the bad one.
@@ -644,14 +643,22 @@ def test_two_evaluations_differ_only_by_the_weights(data, tmp_path):
     assert (first["train_loss"], first["val_loss"]) == (second["train_loss"], second["val_loss"])
 
 
+def pieces_of(tokens: np.ndarray, sizes: list[int]) -> list[tuple[np.ndarray, dict[str, int]]]:
+    """A text in batches, as `train.score` takes it; a byte is a token."""
+    pieces = np.split(tokens, np.cumsum(sizes)[:-1])
+    return [(piece, dict(tokens=len(piece), bytes=len(piece))) for piece in pieces]
+
+
 @pytest.mark.parametrize("length", [17, 18, 32, 33, 100, None])
 def test_the_whole_split_scores_every_token_but_the_first_exactly_once(data, tmp_path, length):
     run = new_run(tiny(data, tmp_path, device_batch_size=3))
     shake(run)
-    tokens = run.tokens["val"] = tokens_of(data, "val")[:length]
+    tokens = tokens_of(data, "val")[:length]
     total, count = plain_loss(run, tokens, list(range(0, len(tokens) - 1, 16)), 16)
     assert count == len(tokens) - 1
-    assert train.score(run, [run.tokens["val"]])[0] == pytest.approx(total / count, rel=1e-5)
+    final = train.score(run, pieces_of(tokens, [len(tokens)]))
+    assert final["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert final["tokens_scored"] == count
 
 
 @pytest.mark.parametrize("sizes", [[1, 5, 16, 17, 40], [100], [3] * 20, [33, 1, 1]])
@@ -659,23 +666,24 @@ def test_a_text_in_pieces_is_scored_as_it_is_in_one(data, tmp_path, sizes):
     run = new_run(tiny(data, tmp_path, device_batch_size=3))
     shake(run)
     tokens = tokens_of(data, "val")[: sum(sizes)]
-    pieces = np.split(tokens, np.cumsum(sizes)[:-1])
-    loss, count = train.score(run, [tokens])
-    assert train.score(run, pieces) == (pytest.approx(loss, rel=1e-6), count)
-    assert count == len(tokens) - 1
+    whole = train.score(run, pieces_of(tokens, [len(tokens)]))
+    assert train.score(run, pieces_of(tokens, sizes)) == pytest.approx(whole, rel=1e-6)
+    assert (whole["tokens_scored"], whole["tokens"]) == (len(tokens) - 1, len(tokens))
 
 
 def test_a_part_of_a_split_is_even_windows_of_it(data, tmp_path):
     run = new_run(tiny(data, tmp_path))
     shake(run)
     tokens = tokens_of(data, "val")
-    loss, count = train.score_part(run, "val", 5 * 16 + 7)
+    text = pieces_of(tokens, [len(tokens)])
+    part = train.score(run, text, 5 * 16 + 7)
     last = (len(tokens) - 17) // 16
     starts = [round(i * last / 4) * 16 for i in range(5)]
     total, scored = plain_loss(run, tokens, starts, 16)
-    assert (loss, count) == (pytest.approx(total / scored, rel=1e-5), 80)
-    assert train.score_part(run, "val", len(tokens)) == train.score(run, [tokens])
-    assert train.score_part(run, "val", 0)[1] == 16
+    assert part["val_loss"] == pytest.approx(total / scored, rel=1e-5)
+    assert part["tokens_scored"] == scored == 80
+    assert train.score(run, text, len(tokens)) == train.score(run, text)
+    assert train.score(run, text, 0)["tokens_scored"] == 16
 
 
 def test_bits_per_byte():
@@ -1139,10 +1147,11 @@ def test_eval_only_says_what_the_run_said_of_itself_and_changes_nothing(finished
     run = train.start(load_model(str(finished.out / "model.pt")).config, {},
                       source=load_model(str(finished.out / "model.pt")))
     tokens = len(run.tokens["val"])
-    whole = train.measures(*train.score(run, [run.tokens["val"]]), run.meta["splits"]["val"])[0]
+    text = [(run.tokens["val"], run.meta["splits"]["val"])]
+    whole = train.in_words(train.score(run, text))
     assert stdout == score_in(whole) + "\n" and "tokens" not in stdout
     # A run scores itself on a fifth of the tokens that it was trained on, 18 iterations of 64.
-    part = train.measures(*train.score_part(run, "val", 18 * 64 // 5), run.meta["splits"]["val"])[0]
+    part = train.in_words(train.score(run, text, 18 * 64 // 5))
     assert score_in(finished.stderr) == part and part.endswith(f", on 224 of {tokens:,} tokens")
     assert str(finished.out / "model.pt") in stderr and str(data) in stderr
     assert "--eval_only" in main("--resume", out_dir=finished.out)[1]
@@ -1164,13 +1173,14 @@ def test_eval_only_agrees_with_hugging_face_on_the_same_windows(export, data, mo
     expected = total / (len(tokens) - 1)
     seen, real = [], train.score
 
-    def watched(run, pieces):
-        seen.append(real(run, pieces))
+    def watched(run, text):
+        seen.append(real(run, text))
         return seen[-1]
 
     monkeypatch.setattr(train, "score", watched)
     stdout, _ = main("--eval_only", init_from=export, data_dir=data, device_batch_size=7, **EVAL)
-    assert seen == [(pytest.approx(expected, abs=1e-5), len(tokens) - 1)]
+    assert seen[0]["val_loss"] == pytest.approx(expected, abs=1e-5)
+    assert seen[0]["tokens_scored"] == len(tokens) - 1
     size = sum(len(tale.encode()) for tale in write_tales(data.parent / "again.txt", 1, 25))
     bits = expected / math.log(2) * len(tokens) / size
     measures = [float(word) for word in stdout.replace(",", "").split() if word[0].isdigit()]
@@ -1201,7 +1211,8 @@ def test_eval_only_refuses_what_it_cannot_score(finished, export, tmp_path, monk
 def test_a_run_starts_from_the_weights_of_a_model(
     finished, export, data, tmp_path, monkeypatch, form
 ):
-    monkeypatch.setattr(train, "score_part", lambda run, *_: train.score(run, [run.tokens["val"]]))
+    real = train.score
+    monkeypatch.setattr(train, "score", lambda run, text, most=0: real(run, text))  # all of it
     source = export if form == "folder" else finished.out / form
     flags = FROZEN | dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
     stderr = main(init_from=source, **flags)[1]
@@ -1331,7 +1342,7 @@ def test_another_dataset_than_the_prepared_one_is_refused(data, tmp_path):
 
 def test_the_prepared_dataset_may_be_named_again(finished, data, tmp_path):
     config = tiny(data, tmp_path, dataset=str(data.parent / "train.txt"))
-    meta = train.prepared_data(config, {"dataset": config.dataset}, may_prepare=True)
+    meta = train.open_data(config, {"dataset": config.dataset})
     assert meta["splits"]["val"]["stories"] == 25
 
 
@@ -1339,7 +1350,7 @@ def test_the_prepared_dataset_may_be_named_again(finished, data, tmp_path):
 def test_a_split_shorter_than_a_crop_and_its_target_is_refused(data, tmp_path, split):
     tokens = json.loads((data / "meta.json").read_text())["splits"][split]["tokens"]
     config = tiny(data, tmp_path, block_size=len(tokens_of(data, "val")) - 1)
-    meta = train.prepared_data(config, {}, may_prepare=True)
+    meta = train.open_data(config, {})
     assert meta["splits"]["val"]["tokens"] == len(tokens_of(data, "val"))  # just enough
     line = refused_early(tmp_path, data_dir=data, block_size=tokens)
     assert "val" in line and "block_size" in line and str(tokens + 1) in line
@@ -1385,10 +1396,10 @@ def test_a_missing_file_is_refused_and_not_prepared_over(data, tmp_path, name):
     assert name in refused_early(tmp_path, data_dir=broken)
 
 
-def test_several_ranks_do_not_prepare_data(data, tmp_path):
+def test_several_ranks_do_not_prepare_data(data, tmp_path, monkeypatch):
     config = tiny(tmp_path / "data", tmp_path, dataset=str(data.parent / "train.txt"))
-    with pytest.raises(UserError, match="prepare_data.py"):
-        train.prepared_data(config, {}, may_prepare=False)
+    monkeypatch.setattr(train, "Ranks", lambda device: SimpleNamespace(size=2))
+    assert "prepare_data.py" in refusal(train.start, config, {})
     assert not any(tmp_path.iterdir())
 
 
@@ -1449,7 +1460,7 @@ def test_run_json_is_there_from_the_start_and_a_resume_adds_to_it(
 
 def test_a_loss_too_large_for_its_perplexity_is_json_all_the_same(data, tmp_path):
     run = new_run(tiny(data, tmp_path))
-    train.write_record(run, train.measures(1000.0, 1, run.meta["splits"]["val"])[1])
+    train.write_record(run, train.measures(1000.0, 1, run.meta["splits"]["val"]))
     record = json.loads((run.out_dir / "run.json").read_text(), parse_constant=pytest.fail)
     assert record["final"]["perplexity"] is None
 
