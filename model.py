@@ -452,8 +452,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         native = any(getattr(torch.cpu, check, bool)() for check in checks)
         able.insert(0 if native else 1, "bfloat16")
     if name not in ("auto", *able):
-        raise UserError(f"dtype {name} is not for this {device.type}: use --dtype auto or "
-                        + " or ".join(able))
+        raise UserError(f"dtype {name} is not for this {device.type}: use --dtype "
+                        f"{', '.join(able)} or auto")
     return getattr(torch, able[0] if name == "auto" else name)
 
 

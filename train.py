@@ -489,8 +489,6 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
             group |= dict(weight_decay=0.0, lr_mult=config.embedding_lr_mult)
         elif name.endswith(("wte.weight", "wpe.weight")):
             group |= dict(lr_mult=config.embedding_lr_mult)
-        elif name.endswith("mlp.c_proj.weight"):
-            group |= dict(lr_mult=config.mlp_out_lr_mult)
         shape = None
         if config.matrix_optimizer == "muon" and ".h." in name and p.dim() == 2:
             shape = p.shape
@@ -947,8 +945,9 @@ class Progress:
                        f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
                        f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
             if self.events:
-                for name, value in row.items():
-                    self.events.add_scalar(name, value, row["iteration"])
+                with contextlib.suppress(OSError):  # a full disk, say: log.csv will tell
+                    for name, value in row.items():
+                        self.events.add_scalar(name, value, row["iteration"])
             if time.monotonic() - self.drawn_at > 10:  # drawing takes half a second
                 draw(self.run)
                 self.drawn_at = time.monotonic()
