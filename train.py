@@ -755,7 +755,7 @@ class Run:
         size = min(self.config.block_size, len(tokens) - 1)
         usual = (self.config.micro_batch_size, self.config.block_size)
         batches = micro_batches(self.config, self.ranks.share(starts))
-        for some in tqdm(batches, task, disable=not (task and self.is_main), leave=False):
+        for some in new_bar(batches, desc=task, disable=not (task and self.is_main), leave=False):
             x, y = read_batch(tokens, some, size, self.device)
             # What has another shape than a training batch is not worth compiling for.
             with self.arithmetic(compiled=x.shape == usual):
@@ -889,15 +889,20 @@ def write_record(run: Run, final: Row | None = None) -> None:
 # ----------------------------------------------------------------------- What is seen of a run
 
 
+def new_bar(*args: Any, **options: Any) -> tqdm:
+    """A tqdm bar that writes a line now and then where it writes to a file."""
+    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
+                **options)
+
+
 class Progress:
     """The bar, a line an evaluation, the plot; and how fast training is, evaluations left out."""
 
     def __init__(self, run: Run):
         self.run, self.first, self.events = run, True, None
         self.shown_at, self.drawn_at = 0.0, time.monotonic()
-        self.bar = tqdm(
+        self.bar = new_bar(
             total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
-            dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
             smoothing=0,  # the time left: as fast as on average, evaluations included
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
                        "{remaining} left{postfix}")

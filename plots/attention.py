@@ -171,19 +171,19 @@ def silence_each(model: GPT, windows: Tensor, dtype: torch.dtype) -> tuple[float
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             share, ids = logits.softmax(1).mean(0).sort(descending=True)
             kept = torch.cat([ids[share.cumsum(0) - share < COVERED], targets]).unique()
-            targets = torch.searchsorted(kept, targets)
+            answers = torch.searchsorted(kept, targets).unsqueeze(1)
             logits[:, kept] = -1e9  # what is left are the others
-            others, slope = logits.logsumexp(1, keepdim=True), logits.softmax(1) @ weight
-            silent = []
+            others, slope = logits.logsumexp(1), logits.softmax(1) @ weight
+            few, silent = weight[kept].to(dtype), []
             for layer, head in itertools.product(range(len(blocks)), range(heads)):
                 x = inputs[layer]
                 with silenced(model, layer, head):
                     for block in blocks[layer:]:
                         x = block(x)
                 x = model.transformer.ln_f(x).flatten(0, 1)
-                change = ((x - intact) * slope).sum(1, keepdim=True)
-                logits = torch.cat([F.linear(x, weight[kept]).float(), others + change], dim=1)
-                silent.append(F.cross_entropy(logits, targets, reduction="none"))
+                logits, change = F.linear(x, few).float(), ((x - intact) * slope).sum(1)
+                total = torch.logaddexp(logits.logsumexp(1), others + change)
+                silent.append(total - logits.gather(1, answers).squeeze(1))
             rises.append(torch.stack(silent) - losses[-1])
     rise = torch.cat(rises, dim=1).view(len(blocks), heads, len(windows), -1).mean(-1)
     return torch.cat(losses).mean().item(), rise.cpu()
