@@ -445,21 +445,20 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def step_matrices(self, group: dict) -> None:
-        finite, directions = self.found_inf == 0, []
+        finite, directions = 1 - self.found_inf, []
         for p in group["params"]:
             if not self.state[p]:  # AdamW's loading of a checkpoint wants a step in every state
                 self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
-            memory = self.state[p]["momentum"]
-            memory.copy_(torch.where(finite, torch.lerp(p.grad, memory, group["momentum"]), memory))
-            directions.append(torch.lerp(p.grad, memory, group["momentum"]))  # Nesterov's
+            memory, gradient = self.state[p]["momentum"], p.grad.nan_to_num_(0, 0, 0)
+            memory.lerp_(gradient, (1 - group["momentum"]) * finite)
+            directions.append(gradient.lerp_(memory, group["momentum"]))  # Nesterov's
         # All matrices in one product; queries, keys and values are three matrices in one.
         stacked = torch.stack(directions).unflatten(1, (group["parts"], -1))
-        stacked = torch.where(finite, orthogonalize(stacked, self.dtype).float(), 0.0)
         # The size of AdamW's steps (Liu et al., 2025, section 2.2), so that one rate serves both.
         rate = group["lr"] * 0.2 * max(stacked.shape[-2:]) ** 0.5
-        for p, direction in zip(group["params"], stacked.flatten(1, 2), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"] * finite)
-            p.sub_(direction, alpha=rate)
+        steps = orthogonalize(stacked, self.dtype).float().flatten(1, 2) * (rate * finite)
+        for p, step in zip(group["params"], steps, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"] * finite).sub_(step)
             p.grad = None  # so that AdamW leaves it alone
 
 
