@@ -25,7 +25,7 @@ from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
 WINDOWS = 256  # of the validation split
-COVERED = 0.9999  # of the model's probability, see `silence_each`
+COVERED = 0.999  # of the model's probability, see `silence_each`
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
          "same": "same token", "after": "induction"}
 NAMED_FROM, BROAD_FROM = 0.4, 0.75
