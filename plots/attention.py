@@ -8,6 +8,7 @@ it what its columns are. A text's first token can only look at itself: its row c
 import itertools
 import math
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,14 @@ WINDOWS = 256  # of the validation split
 COVERED = 0.999  # of the model's probability, see `silence_each`
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
          "same": "same token", "after": "induction"}
-NAMED_FROM, BROAD_FROM = 0.4, 0.75
+NAMED_FROM, BROAD_FROM = 3, 0.75  # times even attention's share, and entropy
 LEGEND = f"""
 back: how many tokens back the head looks, on average; bits: the entropy of its attention; then
 its shares on the first token, on the token itself, on the one before, and, where there are any,
-on earlier copies of the token and on what followed those (induction).
-does: the largest of these shares, from {NAMED_FROM:.0%} on; else broad, if the entropy is at least
-{BROAD_FROM:.0%} of even attention's; else mixed.
-worth: by how much the validation loss rises when this head alone is silenced, and the standard
-error of that; 0 if below two of these."""
+on earlier copies of the token and on what followed those (induction). does: the share that most
+exceeds {NAMED_FROM} times even attention's, or a half; else broad, if the entropy is at least
+{BROAD_FROM:.0%} of even attention's; else mixed. worth: by how much the validation loss rises when
+this head alone is silenced, and the standard error of that; 0 if below two of these."""
 Table = dict[str, Tensor]  # figures of every head, each (blocks, heads)
 
 
@@ -115,29 +115,30 @@ def places(ids: Tensor) -> Table:
 
 
 def head_table(model: GPT, windows: Tensor) -> Table:
-    """LEGEND's figures of every head over windows (W, T), and "even", the ratio of its entropy to
-    even attention's. Means over the queries that have such keys; NaN if none has.
+    """LEGEND's figures of every head over windows (W, T), and those of even attention ("even bits",
+    (1, 1), for one). Means over the queries that have such keys; NaN if none has.
     """
-    sums = dict.fromkeys(("bits", "back", *NAMES), 0.0)
-    counts = sums.copy()
+    T, sums, counts = windows.size(1), defaultdict(float), defaultdict(float)
+    even = torch.ones(1, 1, T, T, device=windows.device).tril()
     for ids in windows:
-        maps = attention_maps(model, ids)[:, :, 1:]
-        sums["bits"] += torch.special.entr(maps).sum((2, 3)) / math.log(2)
-        counts["bits"] += len(ids) - 1
-        for name, place in places(ids).items():
-            sums[name] += (maps * place[1:]).sum((2, 3))
-            counts[name] += place[1:].any(1).sum()
-    table = {name: (sums[name] / counts[name]).cpu() for name in sums}
-    return table | {"even": table["bits"] / torch.arange(2, windows.size(1) + 1).log2().mean()}
+        kinds = {"": attention_maps(model, ids), "even ": even / even.sum(3, keepdim=True)}
+        for kind, maps in kinds.items():
+            sums[f"{kind}bits"] += torch.special.entr(maps[:, :, 1:]).sum((2, 3)) / math.log(2)
+            counts[f"{kind}bits"] += T - 1
+            for name, place in places(ids).items():
+                sums[kind + name] += (maps * place)[:, :, 1:].sum((2, 3))
+                counts[kind + name] += place[1:].any(1).sum()
+    return {name: (sums[name] / counts[name]).cpu() for name in sums}
 
 
 def head_name(table: Table, layer: int, head: int) -> str:
     """What a head does, in a word or two, as LEGEND says."""
-    shares = {name: table[name][layer, head].nan_to_num().item() for name in NAMES}
-    most = max(shares, key=lambda name: shares[name])
-    if shares[most] >= NAMED_FROM:
-        return NAMES[most]
-    return "broad" if table["even"][layer, head] >= BROAD_FROM else "mixed"
+    wanted = {name: (NAMED_FROM * table[f"even {name}"]).clamp(max=0.5) for name in NAMES}
+    fits = {name: (table[name][layer, head] / wanted[name]).nan_to_num().item() for name in NAMES}
+    best = max(fits, key=lambda name: fits[name])
+    if fits[best] >= 1:
+        return NAMES[best]
+    return "broad" if table["bits"][layer, head] >= BROAD_FROM * table["even bits"] else "mixed"
 
 
 def silenced(model: GPT, layer: int, head: int) -> Any:
