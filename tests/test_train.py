@@ -445,7 +445,7 @@ def test_muon_steps_as_pytorchs_own(shape, parts):
     theirs = [torch.nn.Parameter(part.clone()) for p in start for part in p.chunk(parts)]
     group = dict(params=[ours, other], momentum=0.9, parts=parts, weight_decay=0.1)
     optimizer = train.Muon([group], torch.bfloat16, lr=0.02)
-    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9,
+    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=4,
                               adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         gradients = [torch.randn(shape) for _ in range(2)]
