@@ -119,13 +119,13 @@ def head_table(model: GPT, windows: Tensor) -> Table:
     (1, 1), for one). Means over the queries that have such keys; NaN if none has.
     """
     T, sums, counts = windows.size(1), defaultdict(float), defaultdict(float)
-    even = torch.ones(1, 1, T, T, device=windows.device).tril()
+    even = F.normalize(torch.ones(1, 1, T, T, device=windows.device).tril(), p=1, dim=3)
     for ids in windows:
-        kinds = {"": attention_maps(model, ids), "even ": even / even.sum(3, keepdim=True)}
-        for kind, maps in kinds.items():
+        found = places(ids)
+        for kind, maps in {"": attention_maps(model, ids), "even ": even}.items():
             sums[f"{kind}bits"] += torch.special.entr(maps[:, :, 1:]).sum((2, 3)) / math.log(2)
             counts[f"{kind}bits"] += T - 1
-            for name, place in places(ids).items():
+            for name, place in found.items():
                 sums[kind + name] += (maps * place)[:, :, 1:].sum((2, 3))
                 counts[kind + name] += place[1:].any(1).sum()
     return {name: (sums[name] / counts[name]).cpu() for name in sums}
