@@ -360,7 +360,8 @@ def cli(main: Callable[[list[str]], None]) -> None:
     except UserError as mistake:
         line = str(mistake)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
-        line = f"{problem.strerror or problem}: {problem.filename or ''}".removesuffix(": ")
+        line = str(problem.strerror or problem)
+        line += f": {problem.filename}" if problem.filename else ""
     except (MemoryError, RuntimeError) as problem:  # PyTorch's are RuntimeErrors, on a GPU or not
         memory = "out of memory|allocate memory|not enough memory"
         if isinstance(problem, RuntimeError) and not re.search(memory, str(problem)):
@@ -380,12 +381,13 @@ class Lossy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str = "") -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
-            self.stream.flush()
 
-    flush = write
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
 
 
 def notice(line: str) -> None:

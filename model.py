@@ -441,20 +441,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     A GPU below compute capability 8.0 (a T4 is 7.5) only emulates bfloat16, slowly; and
     `torch.cuda.is_bf16_supported()` counts emulation, so it is not asked.
     """
-    able = ["float32"]  # the fastest first
+    able, fastest = ["float32"], "float32"
     if device.type == "cuda":
-        able = ["float16", "float32"]
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            able.insert(0, "bfloat16")
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        able += ["float16", "bfloat16"] if native else ["float16"]
+        fastest = able[-1]
     if device.type == "cpu":
         # AVX-512 BF16 or AMX; the names are private, and absent means no. Else it is emulated.
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, check, bool)() for check in checks)
-        able.insert(0 if native else 1, "bfloat16")
+        able += ["bfloat16"]
+        fastest = "bfloat16" if native else "float32"
     if name not in ("auto", *able):
         raise UserError(f"dtype {name} is not for this {device.type}: use --dtype "
                         f"{', '.join(able)} or auto")
-    return getattr(torch, able[0] if name == "auto" else name)
+    return getattr(torch, fastest if name == "auto" else name)
 
 
 # ------------------------------------------------------------- Model files, ours and Hugging Face's

@@ -183,7 +183,7 @@ def folder(tmp_path) -> Path:
         ("", ("roneneldan/TinyStories", "Hub", "--dataset toy")),  # offline
         pytest.param("--dataset tales.txt --device cuda:77", ("cuda:77", "--device cpu"),
                      marks=pytest.mark.slow),
-        ("--dataset tales.txt --device cpu --dtype float16", ("float16", "float32")),
+        ("--dataset tales.txt --device cpu --dtype float16", ("float16", "--dtype float32")),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing_behind(folder, argv, words):

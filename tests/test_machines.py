@@ -269,6 +269,13 @@ def test_a_model_trained_with_tensorboard_is_scored_without(data, tmp_path, monk
     assert "validation loss" in main("--eval_only", out_dir=tmp_path / "out", device="cpu")[0]
 
 
+def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_prepared(data, tmp_path):
+    (tmp_path / "file").touch()
+    flags = dict(out_dir=tmp_path / "file" / "out", data_dir=tmp_path / "new")
+    assert "is a file" in refusal(run_short, data, tmp_path, dataset="toy", **flags)
+    assert files_in(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("fails", ["model.pt", ".ckpt.pt.partial"])
 def test_the_first_files_of_a_run_that_overwrites_and_those_of_the_old_run_do_not_mix(
     data, tmp_path, monkeypatch, fails
