@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
                 f"to score it again: python train.py --eval_only {folder}")
         return
     compile_model(run)
-    take_folder(run, mode == "overwrite")
+    take_folder(run, mode == "overwrite", checkpoint)
     describe(run)
     with run.stop:
         try:
@@ -123,7 +123,8 @@ def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | Non
     if "max_iters" in overrides:  # what is typed wins over the max_epochs of a preset
         overrides = overrides | {"max_epochs": None}
     if mode == "resume" and path.exists():
-        checkpoint = gpt.load_file(path)
+        saved_at = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
+        checkpoint = gpt.load_file(path) | {"saved_at": saved_at}
         return resumed_config(overrides, checkpoint, path), checkpoint, None
     for there in (path, path.with_name("model.pt")):
         if there.exists() and not mode:
@@ -258,6 +259,9 @@ def compile_model(run: "Run") -> None:
     ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
     run.compiled = True
     try:
+        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+            if os.environ.get(name) == "1":  # torch.compile would do nothing, in silence
+                raise RuntimeError(f"{name} is set")
         run.model.compile_parts()
         with run.arithmetic():
             loss = run.model(ids, ids)
@@ -275,14 +279,19 @@ def compile_model(run: "Run") -> None:
         run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
 
 
-def take_folder(run: "Run", replaces: bool) -> None:
-    """Makes out_dir and holds it until the process ends. UserError if another one does."""
+def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> None:
+    """Makes out_dir and holds it until the process ends. UserError if another one does, or has
+    saved a newer checkpoint since this one was read.
+    """
     run.replaces = replaces
     if not run.is_main:
         return
     run.out_dir.mkdir(parents=True, exist_ok=True)
     if lock_folder(run.out_dir) is None:
         raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
+    path = run.out_dir / "ckpt.pt"
+    if checkpoint and checkpoint["saved_at"] != path.stat().st_mtime_ns:
+        raise UserError(f"the run in {run.out_dir} was still saving: type the same command again")
     for partial in run.out_dir.glob(".*.partial"):  # what a kill left of atomic writes
         partial.unlink()
     if not replaces:

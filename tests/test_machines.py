@@ -197,6 +197,15 @@ def test_compile_true_is_refused_before_anything_old_is_touched(data, tmp_path, 
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_switched_off_torch_compile_is_not_called_compiled(data, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    said = run_short(data, tmp_path / "auto", compile="auto")
+    assert name in said and ", compiled" not in said
+    with pytest.raises(UserError, match=name):
+        run_short(data, tmp_path / "true", compile="true")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no compiler", "no headers", "no cache"])
 def test_a_compiler_that_does_not_work_is_one_line(data, tmp_path, kind):

@@ -477,6 +477,15 @@ def scale_far_too_large() -> None:
     torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=FAR_TOO_LARGE)
 
 
+def test_a_resume_that_overtook_the_last_checkpoint_of_the_old_run_is_refused(interrupted, whole):
+    """The old process saves once more, and ends, while the new one starts."""
+    newer = functools.partial(shutil.copy, whole / "ckpt.pt", interrupted.out / "ckpt.pt")
+    result = interrupted.resume(hooks=(at("take_folder", 1, newer),)).wait()
+    check_one_line(result, "again")
+    assert interrupted.iteration() == 30
+    interrupted.resume_to_the_end()
+
+
 # ------------------------------------------------------------------------------------------
 # Signals
 
