@@ -67,6 +67,7 @@ class Config:
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "GELU, or GPT-2's approximation", one_of=("exact", "tanh"))
     init: str = setting("gpt2", "first weights, see model.py", one_of=("gpt2", "fan_in"))
+    embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above=0)
     embedding_init: str = setting("random", "first vectors of tokens", one_of=("random", "subword"))
     init_from: str | None = setting(None, "model.pt, ckpt.pt or Hugging Face GPT-2 to start from")
 
@@ -185,17 +186,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {},
     # The same model and budget, learning far more from every token; the README says why.
     "tuned": dict(
-        dropout=0.0, init="fan_in", embedding_init="subword", crops="shuffled",
+        dropout=0.0, init="fan_in", embedding_std=0.03, embedding_init="subword", crops="shuffled",
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, eval_interval=1000,
         matrix_optimizer="muon", learning_rate=3e-3, min_lr=2e-4, lr_schedule="linear",
         warmup_iters=None, warmup_start_factor=0.0,  # None: a twentieth of max_iters
-        beta2=0.999, grad_clip=1.0,
+        beta1=0.85, beta2=0.999, grad_clip=2.0,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model, toy stories.
     "demo": dict(
         dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, crops="shuffled",
-        init="fan_in", batch_size=8, gradient_accumulation_steps=1, max_iters=240, eval_interval=60,
-        eval_windows=64, learning_rate=3e-3, min_lr=0.0,
+        init="fan_in", embedding_std=0.03, batch_size=8, gradient_accumulation_steps=1,
+        max_iters=240, eval_interval=60, eval_windows=64, learning_rate=3e-3, min_lr=0.0,
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
 }  # fmt: skip

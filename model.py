@@ -156,7 +156,7 @@ class GPT(nn.Module):
         """
         config = self.config
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=config.embedding_std)
         if isinstance(module, nn.Linear):
             std = 0.02 if config.init == "gpt2" else module.in_features**-0.5
             nn.init.normal_(module.weight, std=std)
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         if isinstance(module, Attention) and config.init == "fan_in":
             module.c_attn.weight[: 2 * config.n_embd] /= 2
         if isinstance(module, GPT) and config.init == "fan_in":
-            sinusoids = sinusoidal_positions(config.block_size, config.n_embd, std=0.02)
+            sinusoids = sinusoidal_positions(config.block_size, config.n_embd, config.embedding_std)
             module.transformer.wpe.weight.copy_(sinusoids)
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
