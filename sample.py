@@ -175,8 +175,8 @@ GPT-2's architecture and tokenizer: {config.n_layer} layers, {config.n_head} hea
 `transformers.pipeline("text-generation", model="FOLDER")("Once upon a time")`.
 
 """
-ELSEWHERE = ("data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size",
-             "checkpoint_minutes", "dataset")  # settings of the place a run was in
+NOT_IN_CARD = ("data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size",
+               "checkpoint_minutes", "dataset")  # settings of the place a run was in
 
 
 def model_card(model: gpt.GPT, checkpoint: str) -> str:
@@ -202,7 +202,7 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
                  f"per token, {scored['val_bits_per_byte']:.4f} bits per byte.\n\n")
     card += "The settings of its run:\n\n| | |\n| --- | --- |\n"
     for name, value in dataclasses.asdict(config).items():
-        if name not in ELSEWHERE:
+        if name not in NOT_IN_CARD:
             card += f"| {name} | {value} |\n"
     return card
 
