@@ -67,7 +67,6 @@ class Config:
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "GELU, or GPT-2's approximation", one_of=("exact", "tanh"))
     init: str = setting("gpt2", "first weights, see model.py", one_of=("gpt2", "fan_in"))
-    embedding_std: float = setting(0.02, "standard deviation of the first embeddings", above=0)
     embedding_init: str = setting("random", "first vectors of tokens", one_of=("random", "subword"))
     init_from: str | None = setting(None, "model.pt, ckpt.pt or Hugging Face GPT-2 to start from")
 
@@ -84,8 +83,8 @@ class Config:
     device_batch_size: int | None = setting(None, "sequences on the device at once, for memory "
                                             "and speed; else batch_size", at_least=1)  # fmt: skip
     max_iters: int = setting(10_000, "iterations in the run; nanoGPT counts steps", at_least=1)
-    max_epochs: float | None = setting(None, "the same in passes over the training data", above=0,
-                                       at_most=1e6)
+    max_epochs: float | None = setting(None, "the same in passes over the training data; holds "
+                                       "where a preset has both", above=0, at_most=1e6)  # fmt: skip
 
     # The learning rate, a function of the iteration: linear warmup, then a decay from
     # learning_rate to min_lr. The reference's "minimum" lies above its start, so the rate
@@ -186,20 +185,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {},
     # The same model and budget, learning far more from every token; the README says why.
     "tuned": dict(
-        dropout=0.0, init="fan_in", embedding_std=0.03, embedding_init="subword", crops="shuffled",
+        dropout=0.0, init="fan_in", embedding_init="subword", crops="shuffled",
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, eval_interval=1000,
         matrix_optimizer="muon", learning_rate=3e-3, min_lr=2e-4, lr_schedule="linear",
         warmup_iters=None, warmup_start_factor=0.0,  # None: a twentieth of max_iters
-        beta1=0.85, beta2=0.999, grad_clip=2.0,
+        beta2=0.999, grad_clip=1.0,
     ),
     # Prepare, train and sample in a minute or two on two CPU cores: a small model, toy stories.
     "demo": dict(
         dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, crops="shuffled",
-        init="fan_in", embedding_std=0.03, batch_size=8, gradient_accumulation_steps=1,
-        max_iters=240, eval_interval=60, eval_windows=64, learning_rate=3e-3, min_lr=0.0,
+        init="fan_in", batch_size=8, gradient_accumulation_steps=1, max_iters=240, eval_interval=60,
+        eval_windows=64, learning_rate=3e-3, min_lr=0.0,
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
 }  # fmt: skip
+# One pass over the data, in steps that keep a GPU busy.
+PRESETS["full"] = PRESETS["tuned"] | dict(batch_size=64, max_epochs=1.0)
 
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")  # of the texts that can be prepared

@@ -150,13 +150,12 @@ class GPT(nn.Module):
         gpt2: normal, std 0.02, and for the two projections into the residual stream 0.02 /
         sqrt(2 x blocks), so that its variance does not grow with the depth (Radford et al.,
         2019, section 2.3). fan_in: std 1 / sqrt(inputs), which keeps the size of what flows
-        through (LeCun et al., 1998, section 4.6), half of that for queries and keys, so that
-        attention begins nearly even, and zero for those two projections: every block begins
-        as the identity. Positions begin as sinusoids.
+        through (LeCun et al., 1998, section 4.6), and zero for those two projections: every
+        block begins as the identity. Positions begin as sinusoids.
         """
         config = self.config
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=config.embedding_std)
+            nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
             std = 0.02 if config.init == "gpt2" else module.in_features**-0.5
             nn.init.normal_(module.weight, std=std)
@@ -165,10 +164,8 @@ class GPT(nn.Module):
         if isinstance(module, Attention | MLP):
             std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "gpt2" else 0.0
             nn.init.normal_(module.c_proj.weight, std=std)
-        if isinstance(module, Attention) and config.init == "fan_in":
-            module.c_attn.weight[: 2 * config.n_embd] /= 2
         if isinstance(module, GPT) and config.init == "fan_in":
-            sinusoids = sinusoidal_positions(config.block_size, config.n_embd, config.embedding_std)
+            sinusoids = sinusoidal_positions(config.block_size, config.n_embd, std=0.02)
             module.transformer.wpe.weight.copy_(sinusoids)
 
     def features(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:

@@ -205,7 +205,8 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     if config.max_epochs is not None:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        config = dataclasses.replace(config, max_iters=length, max_epochs=None)
+        dataclasses.replace(config, max_iters=length, max_epochs=None)  # the schedule is possible
+        config = dataclasses.replace(config, max_iters=length)
     run = Run(config, meta, ranks, source)
     if checkpoint:
         restore(run, checkpoint)
@@ -323,7 +324,8 @@ def differences(config: Config) -> dict:
     preset = Config()
     with contextlib.suppress(UserError):  # it may be gone, or broken since
         preset = Config.from_preset(config.preset)
-    aside = ("preset", "dataset", "data_dir", "out_dir", "plot_dir")
+    aside = ["preset", "dataset", "data_dir", "out_dir", "plot_dir"]
+    aside.append("max_epochs" if config.max_epochs is None else "max_iters")  # one says it
     return {name: value for name, value in dataclasses.asdict(config).items()
             if value != getattr(preset, name) and name not in aside}
 

@@ -213,17 +213,13 @@ def test_fitted_initialisation_keeps_the_size_of_what_flows_through():
     torch.manual_seed(0)
     config = Config.from_preset("tuned")
     model = GPT(config)
-    C = config.n_embd
     for block in model.transformer.h:
-        queries_keys, values = block.attn.c_attn.weight.split([2 * C, C])
-        assert queries_keys.std().item() == pytest.approx(0.5 * C**-0.5, rel=0.02)
-        assert values.std().item() == pytest.approx(C**-0.5, rel=0.02)
-        assert block.mlp.c_fc.weight.std().item() == pytest.approx(C**-0.5, rel=0.02)
+        for weight in (block.attn.c_attn.weight, block.mlp.c_fc.weight):
+            assert weight.std().item() == pytest.approx(config.n_embd**-0.5, rel=0.02)
         assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
     tokens, positions = model.transformer.wte, model.transformer.wpe.weight
-    assert tokens.weight.std().item() == pytest.approx(config.embedding_std, rel=0.02)
-    size = positions.square().mean().sqrt().item()
-    assert size == pytest.approx(config.embedding_std, rel=1e-4)
+    assert tokens.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert positions.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
     idx = random_ids(config, batch=2)  # the blocks are the identity
     close(model.features(idx), model.transformer.ln_f(tokens(idx) + positions))
 

@@ -13,6 +13,7 @@ import torch
 from model import GPT, save_file, to_hugging_face
 from plots import attention, loss_curve
 from plots.attention import attention_maps, head_name, head_table, silence_each, silenced
+from tests.benchmarks import extrapolate
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 PNG = b"\x89PNG"
@@ -240,3 +241,33 @@ def test_a_broken_record_is_told(tmp_path, text):
     (run / "run.json").write_text(text)
     with pytest.raises(UserError, match="run.json is not a run.json of train.py"):
         loss_curve.main([str(run), "--out", str(tmp_path / "a.png")])
+
+
+def write_law(folder: Path, lengths: list[float]) -> list[str]:
+    """Logs of runs whose last losses follow L = 1.3 + 1.6 (T / 1 M)^-0.25."""
+    paths = []
+    for millions in lengths:
+        paths.append(str(folder / f"{millions}.csv"))
+        head = "iteration,tokens,train_loss,val_loss\n1,1,9,9\n"
+        row = f"2,{millions * 1e6},1,{1.3 + 1.6 * millions**-0.25}\n"
+        Path(paths[-1]).write_text(head + row)
+    return paths
+
+
+def test_a_power_law_is_found_again_and_extended(tmp_path, capsys):
+    runs = write_law(tmp_path, [4, 0.2, 1, 0.4, 2])
+    extrapolate.main([*runs, "--out", str(tmp_path / "a.png")])
+    law, _, *rows, check = capsys.readouterr().out.splitlines()
+    assert law == "L = 1.300 + 1.600 (T / 1 M)^-0.250"
+    fitted = {row.split()[0]: float(row.split()[3]) for row in rows}
+    assert fitted["472.00"] == pytest.approx(1.3 + 1.6 * 472**-0.25, abs=1e-3)
+    low, high = float(rows[-1].split()[4]), float(rows[-1].split()[6])
+    assert low < fitted["472.00"] < high
+    assert check.endswith(f"4.00 M: {fitted['4.00']:.3f}")
+    assert (tmp_path / "a.png").read_bytes()[:4] == PNG
+
+
+def test_a_law_needs_runs_of_four_lengths(tmp_path):
+    runs = write_law(tmp_path, [1, 2, 4])
+    with pytest.raises(UserError, match="four lengths"):
+        extrapolate.main([*runs, *runs])

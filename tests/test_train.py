@@ -1501,6 +1501,20 @@ def test_a_run_of_epochs_is_lengthened_by_more_of_them(data, tmp_path):
     assert last["iteration"] == math.ceil(0.1 * size / 64)
 
 
+def test_full_is_one_epoch_and_says_so(data, tmp_path):
+    flags = TINY | dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
+    del flags["max_iters"], flags["lr_decay_iters"]
+    said = main(preset="full", **flags)[1]
+    count = math.ceil(len(tokens_of(data, "train")) / 64)
+    assert f"{count} iterations" in said and "1.00 epochs" in said
+    differs = json.loads((tmp_path / "out" / "run.json").read_text())["differs"]
+    assert "n_embd" in differs and not differs.keys() & {"max_iters", "max_epochs"}
+    flags |= dict(max_iters=3, out_dir=tmp_path / "short")
+    assert "3 iterations" in main(preset="full", **flags)[1]
+    differs = json.loads((tmp_path / "short" / "run.json").read_text())["differs"]
+    assert differs["max_iters"] == 3 and "max_epochs" not in differs
+
+
 def test_a_text_that_was_never_prepared_is_scored_whole_and_nothing_is_written(
     finished, data, tmp_path, monkeypatch
 ):
