@@ -155,9 +155,11 @@ class Config:
         known = {field.name for field in dataclasses.fields(cls)} - {"preset"}
         for key in PRESETS[preset].keys() - known:
             raise UserError(f"config.py: {preset!r} sets {key!r}, no setting{nearest(key, known)}")
-        settings = {"preset": preset, **PRESETS[preset], **overrides}
-        if "max_iters" in settings:  # wins over a max_epochs that only the fields have
-            settings.setdefault("max_epochs", None)
+        settings: dict[str, Any] = {"preset": preset}
+        for given in (PRESETS[preset], overrides):
+            if "max_iters" in given:  # wins over a max_epochs from before
+                settings["max_epochs"] = None
+            settings |= given
         try:
             return cls(**settings)
         except UserError as problem:
@@ -199,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
 }  # fmt: skip
-# One pass over the data, in steps that keep a GPU busy.
+# `tuned` in larger steps, for a GPU; its length is max_epochs, whatever max_iters says.
 PRESETS["full"] = PRESETS["tuned"] | dict(batch_size=64, max_epochs=1.0)
 
 

@@ -120,8 +120,6 @@ def parse_command_line(argv: list[str]) -> tuple[dict, str]:
 def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | None]:
     """What to train, and the checkpoint to go on from or the model to start from, if any."""
     path = folder_of(overrides) / "ckpt.pt"
-    if "max_iters" in overrides:  # what is typed wins over the max_epochs of a preset
-        overrides = overrides | {"max_epochs": None}
     if mode == "resume" and path.exists():
         saved_at = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
         checkpoint = gpt.load_file(path) | {"saved_at": saved_at}
@@ -151,6 +149,8 @@ def resumed_config(overrides: dict, checkpoint: dict, path: Path) -> Config:
     old = gpt.config_of(checkpoint, path)
     # A dataset that is typed again may be spelt otherwise: `open_data` compares it.
     changes = overrides | {"dataset": old.dataset, "out_dir": str(path.parent)}
+    if "max_iters" in overrides:  # it wins over a max_epochs from before
+        changes["max_epochs"] = None
     refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
                if name not in MAY_CHANGE and value != getattr(old, name)]
     if refused:
@@ -205,7 +205,7 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     if config.max_epochs is not None:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        dataclasses.replace(config, max_iters=length, max_epochs=None)  # the schedule is possible
+        dataclasses.replace(config, max_iters=length, max_epochs=None)  # UserError if it cannot be
         config = dataclasses.replace(config, max_iters=length)
     run = Run(config, meta, ranks, source)
     if checkpoint:
@@ -324,10 +324,13 @@ def differences(config: Config) -> dict:
     preset = Config()
     with contextlib.suppress(UserError):  # it may be gone, or broken since
         preset = Config.from_preset(config.preset)
+    usual = dataclasses.asdict(preset)
+    if preset.max_epochs is not None:  # max_iters follows from it
+        usual["max_iters"] = None
     aside = ["preset", "dataset", "data_dir", "out_dir", "plot_dir"]
     aside.append("max_epochs" if config.max_epochs is None else "max_iters")  # one says it
     return {name: value for name, value in dataclasses.asdict(config).items()
-            if value != getattr(preset, name) and name not in aside}
+            if value != usual[name] and name not in aside}
 
 
 def device_name(device: torch.device) -> str:

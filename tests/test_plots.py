@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config import Config, UserError
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,7 +268,18 @@ def test_a_power_law_is_found_again_and_extended(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes()[:4] == PNG
 
 
-def test_a_law_needs_runs_of_four_lengths(tmp_path):
+def test_a_law_needs_runs_of_four_lengths_with_finite_losses(tmp_path):
     runs = write_law(tmp_path, [1, 2, 4])
     with pytest.raises(UserError, match="four lengths"):
         extrapolate.main([*runs, *runs])
+    for row in ("1,1e6,1,nan", "1,0,1,3"):
+        (tmp_path / "bad.csv").write_text(f"iteration,tokens,train_loss,val_loss\n{row}\n")
+        with pytest.raises(UserError, match="cannot be used"):
+            extrapolate.main([*runs, str(tmp_path / "bad.csv")])
+
+
+def test_a_law_without_a_limit_is_found_too():
+    tokens = np.array([0.2e6, 1e6, 2e6, 4e6])
+    laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None])
+    assert 0 <= laws[0, 0] < 0.05  # as near as the grid of c allows
+    assert extrapolate.predict(laws, 1e6) == pytest.approx(2.5, abs=0.01)

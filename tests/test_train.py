@@ -1506,13 +1506,28 @@ def test_full_is_one_epoch_and_says_so(data, tmp_path):
     del flags["max_iters"], flags["lr_decay_iters"]
     said = main(preset="full", **flags)[1]
     count = math.ceil(len(tokens_of(data, "train")) / 64)
-    assert f"{count} iterations" in said and "1.00 epochs" in said
+    assert f"\n{count} iterations in" in said and "1.00 epochs" in said
     differs = json.loads((tmp_path / "out" / "run.json").read_text())["differs"]
     assert "n_embd" in differs and not differs.keys() & {"max_iters", "max_epochs"}
     flags |= dict(max_iters=3, out_dir=tmp_path / "short")
-    assert "3 iterations" in main(preset="full", **flags)[1]
-    differs = json.loads((tmp_path / "short" / "run.json").read_text())["differs"]
-    assert differs["max_iters"] == 3 and "max_epochs" not in differs
+    assert "\n3 iterations in" in main(preset="full", **flags)[1]
+    shutil.copytree(tmp_path / "short", tmp_path / "longer")
+    assert "is finished" in main("--resume", out_dir=tmp_path / "short")[1]
+    longer = dict(out_dir=tmp_path / "longer", plot_dir=tmp_path, max_iters=4)
+    assert "\n4 iterations in" in main("--resume", **longer)[1]
+    differs = json.loads((tmp_path / "longer" / "run.json").read_text())["differs"]
+    assert differs["max_iters"] == 4 and "max_epochs" not in differs
+
+
+def test_full_is_tuned_in_larger_steps_and_any_max_iters_differs_from_its_pass():
+    full, tuned = (Config.from_preset(name, out_dir="out") for name in ("full", "tuned"))
+    assert (full.batch_size, full.max_epochs) == (64, 1.0)
+    changed = dict(preset="tuned", batch_size=tuned.batch_size, max_epochs=None)
+    assert dataclasses.replace(full, **changed) == tuned
+    typed = Config.from_preset("full", max_iters=full.max_iters)
+    assert typed.max_epochs is None
+    assert train.differences(typed) == {"max_iters": full.max_iters}
+    assert train.differences(full) == {}
 
 
 def test_a_text_that_was_never_prepared_is_scored_whole_and_nothing_is_written(

@@ -21,15 +21,15 @@ DRAWS = 2000  # of the noise
 def main(argv: list[str]) -> None:
     parser = Parser("Fits a power law to the last losses of runs of one recipe, and extends it.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv")
-    add_flag(parser, "noise", float, 0.005, "standard deviation of a loss, from seed to seed",
+    add_flag(parser, "noise", float, 0.01, "standard deviation of a loss, from seed to seed",
              at_least=0)
     add_flag(parser, "out", str, "plots/extrapolation.png", "the PNG to write")
     args = parser.parse_args(argv)
     last = [read_run(run).log[-1] for run in args.runs]
-    if not all("tokens" in row for row in last):
-        raise UserError("a log without a column of tokens cannot be used")
-    points = sorted((row["tokens"], row["val_loss"]) for row in last)
-    tokens, losses = np.array(points).T
+    points = np.array(sorted((row.get("tokens", 0), row["val_loss"]) for row in last))
+    if not (np.isfinite(points) & (points > 0)).all():
+        raise UserError("a last row without tokens, or without a finite loss, cannot be used")
+    tokens, losses = points.T
     if len(set(tokens)) < 4:
         raise UserError("a curve of three numbers needs runs of four lengths, or more")
     law = fit(tokens, losses[None])
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     a, b, c = law[0]
     print(f"L = {a:.3f} + {b:.3f} (T / 1 M)^-{c:.3f}")
     table = []
-    for count in [*tokens, *TARGETS]:
+    for count in [*sorted(set(tokens)), *TARGETS]:
         low, high = np.quantile(predict(draws, count), (0.05, 0.95))
         measured = ", ".join(f"{loss:.3f}" for loss in losses[tokens == count])
         table.append([f"{count / 1e6:.2f} M", measured or "-", f"{predict(law, count)[0]:.3f}",
@@ -60,10 +60,12 @@ def fit(tokens: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """
     best = np.full((len(losses), 4), np.inf)  # squared error, a, b, c
     for c in np.arange(0.02, 1.5, 0.001):
-        inputs = np.stack([np.ones(len(tokens)), (tokens / 1e6) ** -c], axis=1)
-        a, b = np.linalg.pinv(inputs) @ losses.T
-        errors = ((np.stack([a, b], axis=1) @ inputs.T - losses) ** 2).sum(axis=1)
-        better = (errors < best[:, 0]) & (a >= 0)
+        power = (tokens / 1e6) ** -c
+        a, b = np.linalg.pinv(np.stack([np.ones(len(tokens)), power], axis=1)) @ losses.T
+        b = np.where(a < 0, losses @ power / (power @ power), b)  # the best without an a
+        a = a.clip(min=0)
+        errors = ((a[:, None] + b[:, None] * power - losses) ** 2).sum(axis=1)
+        better = errors < best[:, 0]
         best[better] = np.stack([errors, a, b, np.full(len(a), c)], axis=1)[better]
     return best[:, 1:]
 
@@ -78,7 +80,7 @@ def draw(path: Path, tokens: np.ndarray, losses: np.ndarray, law: np.ndarray,
     """Writes a PNG: the runs, the law, and the band of nine draws in ten."""
     from matplotlib.figure import Figure
 
-    at = np.geomspace(tokens.min(), max(TARGETS))
+    at = np.sort([*np.geomspace(tokens.min(), max(TARGETS)), tokens.max()])
     low, high = np.transpose([np.quantile(predict(draws, t), (0.05, 0.95)) for t in at])
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -86,13 +88,16 @@ def draw(path: Path, tokens: np.ndarray, losses: np.ndarray, law: np.ndarray,
     inside = at <= tokens.max()
     line = np.array([predict(law, t)[0] for t in at])
     axes.plot(at[inside], line[inside], color="tab:blue", label="fitted")
-    axes.plot(at[~inside], line[~inside], "--", color="tab:blue", label="extrapolated, not run")
+    outside = at >= tokens.max()
+    axes.plot(at[outside], line[outside], "--", color="tab:blue", label="extrapolated, not run")
     axes.plot(tokens, losses, "ko", label="runs")
     for target in TARGETS:
-        value = predict(law, target)[0]
-        axes.annotate(f"{target / 1e6:.0f} M: {value:.2f}", (target, value), xytext=(0, 12),
-                      textcoords="offset points", ha="right")
+        value, top = predict(law, target)[0], np.quantile(predict(draws, target), 0.95)
+        axes.plot(target, value, "o", color="tab:blue", markerfacecolor="white")
+        axes.annotate(f"{target / 1e6:.0f} M: {value:.2f}", (target, top), xytext=(0, 6),
+                      textcoords="offset points", ha="center")
     axes.set(xlabel="tokens", xscale="log", ylabel="validation loss (nats per token)")
+    axes.margins(x=0.07)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)
