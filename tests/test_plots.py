@@ -282,4 +282,4 @@ def test_a_law_without_a_limit_is_found_too():
     tokens = np.array([0.2e6, 1e6, 2e6, 4e6])
     laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None])
     assert 0 <= laws[0, 0] < 0.05  # as near as the grid of c allows
-    assert extrapolate.predict(laws, 1e6) == pytest.approx(2.5, abs=0.01)
+    assert extrapolate.predict(laws, np.array([1e6])).item() == pytest.approx(2.5, abs=0.01)

@@ -38,17 +38,17 @@ def main(argv: list[str]) -> None:
     a, b, c = law[0]
     print(f"L = {a:.3f} + {b:.3f} (T / 1 M)^-{c:.3f}")
     table = []
-    for count in [*sorted(set(tokens)), *TARGETS]:
-        low, high = np.quantile(predict(draws, count), (0.05, 0.95))
+    counts = np.array([*sorted(set(tokens)), *TARGETS])
+    for count, value, low, high in zip(counts, *curve_and_band(law, draws, counts), strict=True):
         measured = ", ".join(f"{loss:.3f}" for loss in losses[tokens == count])
-        table.append([f"{count / 1e6:.2f} M", measured or "-", f"{predict(law, count)[0]:.3f}",
+        table.append([f"{count / 1e6:.2f} M", measured or "-", f"{value:.3f}",
                       f"{low:.3f} to {high:.3f}"])
     print_table(["tokens", "measured", "fitted", "nine of ten draws of the noise"], table)
     longest = tokens.max()
     if len(set(tokens)) > 4:  # the law is tried where the answer is known
         shorter = tokens < longest
-        said = predict(fit(tokens[shorter], losses[None, shorter]), longest)[0]
-        print(f"from the shorter runs alone, for {longest / 1e6:.2f} M: {said:.3f}")
+        said = predict(fit(tokens[shorter], losses[None, shorter]), tokens[-1:])
+        print(f"from the shorter runs alone, for {longest / 1e6:.2f} M: {said.item():.3f}")
     draw(Path(args.out), tokens, losses, law, draws)
     notice(f"wrote {args.out}")
 
@@ -70,9 +70,15 @@ def fit(tokens: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return best[:, 1:]
 
 
-def predict(laws: np.ndarray, tokens: float) -> np.ndarray:
-    a, b, c = laws.T
+def predict(laws: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The losses (draws, counts) of laws (draws, 3) after so many tokens (counts,)."""
+    a, b, c = laws.T[..., None]
     return a + b * (tokens / 1e6) ** -c
+
+
+def curve_and_band(law: np.ndarray, draws: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    """The law's losses, and the bounds of nine draws in ten, each (counts,)."""
+    return [predict(law, tokens)[0], *np.quantile(predict(draws, tokens), (0.05, 0.95), axis=0)]
 
 
 def draw(path: Path, tokens: np.ndarray, losses: np.ndarray, law: np.ndarray,
@@ -81,18 +87,16 @@ def draw(path: Path, tokens: np.ndarray, losses: np.ndarray, law: np.ndarray,
     from matplotlib.figure import Figure
 
     at = np.sort([*np.geomspace(tokens.min(), max(TARGETS)), tokens.max()])
-    low, high = np.transpose([np.quantile(predict(draws, t), (0.05, 0.95)) for t in at])
+    line, low, high = curve_and_band(law, draws, at)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.fill_between(at, low, high, color="tab:blue", alpha=0.2)
-    inside = at <= tokens.max()
-    line = np.array([predict(law, t)[0] for t in at])
+    inside, outside = at <= tokens.max(), at >= tokens.max()
     axes.plot(at[inside], line[inside], color="tab:blue", label="fitted")
-    outside = at >= tokens.max()
     axes.plot(at[outside], line[outside], "--", color="tab:blue", label="extrapolated, not run")
     axes.plot(tokens, losses, "ko", label="runs")
-    for target in TARGETS:
-        value, top = predict(law, target)[0], np.quantile(predict(draws, target), 0.95)
+    targets = np.array(TARGETS)
+    for target, value, _, top in zip(targets, *curve_and_band(law, draws, targets), strict=True):
         axes.plot(target, value, "o", color="tab:blue", markerfacecolor="white")
         axes.annotate(f"{target / 1e6:.0f} M: {value:.2f}", (target, top), xytext=(0, 6),
                       textcoords="offset points", ha="center")
