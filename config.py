@@ -135,7 +135,7 @@ class Config:
                 object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
-        if self.max_epochs is None and self.decay_iters < min(self.warmup, self.max_iters):
+        if self.decay_iters < min(self.warmup, self.max_iters):
             raise UserError(f"lr_decay_iters {self.decay_iters} is below warmup_iters "
                             f"{self.warmup}")
         if self.data_dir is None:
@@ -324,7 +324,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> None:
-        if message.endswith("expected one argument"):
+        if message == "argument --prompt: expected one argument":
             message += " (one that begins with - is written behind a =, as in --prompt=-Pip)"
         raise UserError(message.removeprefix("argument "))
 
@@ -403,7 +403,9 @@ def one_line(message: object) -> str:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """A descriptor that holds `folder` for this process until it is closed; None if it is taken."""
+    """A descriptor that holds `folder` for this process until it is closed; None if it is taken.
+    What a kill left of atomic writes there goes.
+    """
     try:
         import fcntl
 
@@ -421,6 +423,8 @@ def lock_folder(folder: Path) -> int | None:
             os.close(handle)
             return None
         # Else a file system without locks (some network drives): it is used without.
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
     return handle
 
 

@@ -50,6 +50,7 @@ class Dropout(nn.Dropout):
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
         draw_bits(bits)
+        # As signed numbers the 16 bits are uniform from -2**15 on: `dropped` of them lie below.
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
 
@@ -130,18 +131,17 @@ class GPT(nn.Module):
         """First weights as config says; embedding_init "subword" takes the bytes of every id."""
         super().__init__()
         self.config = config
-        parts = dict(
+        self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        )
-        self.transformer = nn.ModuleDict(parts)
+        ))
         self.softmax_gradient: SoftmaxGradient = softmax_gradient
         self.apply(self._initialise)
         if config.embedding_init == "subword" and token_bytes:
-            subword_initialisation(parts["wte"].weight, token_bytes)
+            subword_initialisation(self.transformer.wte.weight, token_bytes)
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
@@ -161,7 +161,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if isinstance(module, Attention | MLP):
+        if isinstance(module, Attention | MLP):  # after its layers: c_proj is drawn again
             std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "gpt2" else 0.0
             nn.init.normal_(module.c_proj.weight, std=std)
         if isinstance(module, GPT) and config.init == "fan_in":
@@ -295,8 +295,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             chunk = x[rows].to(dtype)
             logits = chunk @ w.t()
             logits[:, vocab:] = -torch.inf
-            # The gradient takes the logits' place; where only the loss is wanted too, since it
-            # is the fastest way to that.
+            # The gradient takes the logits' place; in an evaluation too, since this is the
+            # fastest way to the loss.
             answers = targets[rows].split(ROWS[kind])
             for some, answer in zip(logits.split(ROWS[kind]), answers, strict=True):
                 loss += softmax_gradient(some, answer, scale)
@@ -368,7 +368,7 @@ def generate(
             return
         unread = token.unsqueeze(1)
         window = torch.cat([window, unread], dim=1)
-        if window.size(1) > size:
+        if window.size(1) > size:  # drop the oldest quarter, and read the rest again
             unread = window = window[:, -(size - size // 4) :]
             cache.length = 0
 
@@ -394,16 +394,16 @@ def draw_token(
     """One id (B,) for each row of logits (B, V), drawn as `generate` says."""
     if temperature < 1e-30:  # 0, or so small that float32 would divide by zero
         return logits.argmax(dim=1)
-    top_k = min(top_k or logits.size(1), logits.size(1))
-    if top_k < logits.size(1):
-        logits, ids = logits.topk(top_k, dim=1)
-    else:
-        ids = torch.arange(logits.size(1), device=logits.device).expand_as(logits)
+    likeliest = None
+    if 0 < top_k < logits.size(1):
+        logits, likeliest = logits.topk(top_k, dim=1)
     logits = logits.float()
     # Shifted before it is divided: a tiny temperature must not overflow to infinity.
     logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
     choice = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)
-    return ids.gather(1, choice).squeeze(1)
+    if likeliest is not None:
+        choice = likeliest.gather(1, choice)
+    return choice.squeeze(1)
 
 
 def stream_text(tokens: Iterator[int], token_bytes: list[bytes], end_of_text: int) -> Iterator[str]:

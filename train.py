@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from config import (
     Config,
@@ -40,6 +40,7 @@ from config import (
     atomic_write,
     cli,
     lock_folder,
+    nearest,
     notice,
     one_line,
 )
@@ -73,10 +74,10 @@ def main(argv: list[str]) -> None:
         return score_only(overrides)
     config, checkpoint, source = plan(overrides, mode)
     run = start(config, overrides, checkpoint, source)
-    folder = f"--out_dir {shlex.quote(config.out_dir)}"
+    flag = f"--out_dir {shlex.quote(config.out_dir)}"
     if is_finished(run.config, run.state):
         run.say(f"the run in {run.out_dir} is finished, at iteration {run.state.iteration:,}; "
-                f"to score it again: python train.py --eval_only {folder}")
+                f"to score it again: python train.py --eval_only {flag}")
         return
     compile_model(run)
     take_folder(run, mode == "overwrite", checkpoint)
@@ -87,11 +88,11 @@ def main(argv: list[str]) -> None:
             finish(run)
         except Stopped as stopped:
             if is_finished(run.config, run.state):
-                run.say(f"not scored; to score it: python train.py --eval_only {folder}")
+                run.say(f"not scored; to score it: python train.py --eval_only {flag}")
             else:
                 save_checkpoint(run)
                 run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
-                        f"python train.py --resume {folder}")
+                        f"python train.py --resume {flag}")
             sys.exit(128 + stopped.args[0])
 
 
@@ -198,14 +199,15 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
         import_tensorboard()
     # A new run prepares its data; several processes would all do so at once.
     if checkpoint is None and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
-        notice(f"no prepared data in {config.data_dir}: preparing {config.dataset}")
+        prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
+        notice(f"no prepared data in {config.data_dir}{nearest(config.data_dir, prepared)}: "
+               f"preparing {config.dataset}")
         data.prepare(config.dataset, config.data_dir)
     meta = open_data(config, overrides)
     config = dataclasses.replace(config, dataset=meta["dataset"])
     if config.max_epochs is not None:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        dataclasses.replace(config, max_iters=length, max_epochs=None)  # UserError if it cannot be
         config = dataclasses.replace(config, max_iters=length)
     run = Run(config, meta, ranks, source)
     if checkpoint:
@@ -293,8 +295,6 @@ def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> N
     path = run.out_dir / "ckpt.pt"
     if checkpoint and checkpoint["saved_at"] != path.stat().st_mtime_ns:
         raise UserError(f"the run in {run.out_dir} was still saving: type the same command again")
-    for partial in run.out_dir.glob(".*.partial"):  # what a kill left of atomic writes
-        partial.unlink()
     if not replaces:
         write_record(run)
 
@@ -663,7 +663,6 @@ def train(run: "Run") -> None:
     Raises Stopped, at a whole step, once a signal has come to any rank.
     """
     config, state, points = run.config, run.state, evaluation_points(run.config)
-    saved_at = time.monotonic()
     with contextlib.closing(Progress(run)) as progress:
         while True:
             # Once in a while: evaluate, and keep the best weights and what it takes to go on.
@@ -672,17 +671,15 @@ def train(run: "Run") -> None:
                 row = evaluate(run, due, progress.tokens_per_second())
                 save_checkpoint(run, row)
                 progress.tell(row)
-                saved_at = time.monotonic()
             if state.iteration >= config.max_iters:
                 return
             # One step of the optimizer.
             run.step()
             progress.show(evaluates=state.iteration in points)
             # A checkpoint by the clock: also before an evaluation, which may take long.
-            minutes = (time.monotonic() - saved_at) / 60
+            minutes = (time.monotonic() - run.saved_at) / 60
             if run.ranks.max(minutes) > config.checkpoint_minutes:
                 save_checkpoint(run)
-                saved_at = time.monotonic()
 
 
 class Run:
@@ -694,7 +691,8 @@ class Run:
         self.is_main = ranks.rank == 0  # the one that writes and talks
         self.dtype = gpt.pick_dtype(config.dtype, self.device)
         self.out_dir, self.versions = Path(config.out_dir), versions_of(self.device)
-        self.stop, self.state, self.begun = StopSignal(ranks), State(), time.monotonic()
+        self.stop, self.state = StopSignal(ranks), State()
+        self.begun = self.saved_at = time.monotonic()
         self.compiled = self.undrawn = self.replaces = False
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
@@ -777,12 +775,12 @@ class Run:
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # it has no other
         total = torch.zeros((), dtype=exact, device=self.device)
         size = min(self.config.block_size, len(tokens) - 1)
-        usual = (self.config.micro_batch_size, self.config.block_size)
+        trained = (self.config.micro_batch_size, self.config.block_size)
         batches = micro_batches(self.config, self.ranks.share(starts))
         for some in new_bar(batches, desc=task, disable=not (task and self.is_main), leave=False):
             x, y = read_batch(tokens, some, size, self.device)
             # What has another shape than a training batch is not worth compiling for.
-            with self.arithmetic(compiled=x.shape == usual):
+            with self.arithmetic(compiled=x.shape == trained):
                 total += self.model(x, y).to(exact) * len(some)
             if self.stop.caught:
                 break
@@ -796,7 +794,7 @@ class Run:
         if self.state.skipped_in_a_row >= MAX_SKIPPED:
             self.fail(f"the gradient has not been finite for {MAX_SKIPPED} steps")
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         path = self.out_dir / "ckpt.pt"
         last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
         raise UserError(f"{reason}: try a lower learning_rate; {last}")
@@ -830,8 +828,8 @@ def bits_per_byte(loss: float, split: dict) -> float:
 def save_checkpoint(run: Run, row: Row | None = None) -> None:
     """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there.
 
-    After an evaluation, whose `row` joins the log: before that model.pt, if it is the best so far,
-    and log.csv.
+    After an evaluation its `row` joins the log, and model.pt, if it is the best so far, and log.csv
+    are written before ckpt.pt.
     """
     state, path = run.state, run.out_dir / "ckpt.pt"
     state.seconds = time.monotonic() - run.begun
@@ -853,6 +851,7 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
         gpt.save_file(path, run.config, run.model, **parts)
     run.replaces = False
     run.ranks.gather(None)
+    run.saved_at = time.monotonic()
 
 
 def restore(run: Run, checkpoint: dict) -> None:
@@ -871,8 +870,8 @@ def restore(run: Run, checkpoint: dict) -> None:
         raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]}): "
                         "name another --out_dir") from None
     run.begun -= run.state.seconds
-    then, now = (f"warmup {c.warmup} and decay until iteration {c.decay_iters}"
-                 for c in (old, run.config))
+    schedule = "warmup {0.warmup} and decay until iteration {0.decay_iters}"
+    then, now = schedule.format(old), schedule.format(run.config)
     if then != now:
         run.say(f"warning: the learning rate's schedule changes: {now}, not {then}")
 
@@ -1102,14 +1101,11 @@ def score_only(overrides: dict) -> None:
     if "init_from" not in overrides and not Path(path).is_file():
         raise UserError(f"there is no {path} to score: name its --out_dir, or --init_from a model")
     source = load_source(path)
-    # The run's own data, but the device at hand.
-    changes = dict(device="auto", dtype="auto", device_batch_size=None)
-    for name in (*changes, "dataset", "data_dir"):
-        if name in overrides:
-            changes[name] = overrides[name]
-    if "dataset" in overrides:  # its folder, unless one was typed
-        changes.setdefault("data_dir", None)
-    changes |= architecture(source.config, overrides)
+    # The run's own settings and data, but the device at hand; what is typed wins.
+    fresh = dict(device="auto", dtype="auto", device_batch_size=None)
+    if "dataset" in overrides:
+        fresh["data_dir"] = None  # its own folder
+    changes = fresh | overrides | architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
     ranks, text = Ranks(device_for(config)), overrides.get("dataset")
     if text and data.is_path(text) and "data_dir" not in overrides:

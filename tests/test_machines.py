@@ -256,8 +256,8 @@ def test_max_iters_of_a_preset_or_typed_wins_over_an_edited_max_epochs():
 
 
 def test_epochs_are_checked_against_the_schedule_once_the_data_is_open(data, tmp_path):
-    settings = tiny(data, tmp_path, max_epochs=0.05, lr_decay_iters=2, warmup_iters=500)
-    assert "lr_decay_iters 2" in refusal(train.start, settings, {})
+    settings = dict(max_epochs=0.05, lr_decay_iters=2, warmup_iters=500)
+    assert "lr_decay_iters 2" in refusal(tiny, data, tmp_path, **settings)
 
 
 def test_a_model_of_another_vocabulary_is_not_scored_on_a_text(data, tmp_path, monkeypatch):
