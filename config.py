@@ -148,7 +148,7 @@ class Config:
         """A preset's settings (None: DEFAULT_PRESET's), some of them overridden. UserError if the
         preset is not there, or sets what is no setting.
         """
-        preset = preset or DEFAULT_PRESET
+        preset = DEFAULT_PRESET if preset is None else preset
         if preset not in PRESETS:
             names = ", ".join(PRESETS)
             raise UserError(f"preset {preset!r} is not known{nearest(preset, PRESETS)}: {names}")
@@ -434,6 +434,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     or a crash sees the old file or the new one, never half of one.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is no file that could be replaced: name another")  # /dev/null
     path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:

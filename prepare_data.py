@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -240,6 +241,8 @@ def read_rows(path: Path) -> Iterator[Any]:
         elif suffix == ".txt":
             rest = ""
             while chunk := file.read(max(CHUNK, len(rest))):
+                if chunk.count("\0") > len(chunk) // 4:  # as every other byte of UTF-16 is
+                    raise UnicodeError("it is full of NUL characters")
                 *stories, rest = (rest + chunk).split(SEPARATOR)
                 yield from stories
             yield rest
@@ -380,6 +383,8 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
             for number, text in enumerate(read(name), 1):
                 if isinstance(text, dict):
                     text = text[column_of(text, f"{name}, row {number}")]
+                if isinstance(text, float) and math.isnan(text):
+                    text = None  # pandas writes null so
                 if text is not None and not isinstance(text, str):
                     what = f"the text is no string, but {text!r:.80}"
                     raise UserError(f"{name}, row {number}: {what}")

@@ -125,7 +125,7 @@ def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | Non
         saved_at = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
         checkpoint = gpt.load_file(path) | {"saved_at": saved_at}
         return resumed_config(overrides, checkpoint, path), checkpoint, None
-    for there in (path, path.with_name("model.pt")):
+    for there in (path, path.with_name("model.pt"), path.with_name("log.csv")):
         if there.exists() and not mode:
             raise UserError(f"{there} is there already: add --resume to go on with it, --overwrite "
                             "to drop it, or name another --out_dir")
@@ -357,7 +357,7 @@ class Ranks:
             return
         try:
             self.rank, self.size, local = map(int, values[:3])
-            if self.rank >= self.size:  # they would wait for each other for ten minutes
+            if not 0 <= self.rank < self.size:  # they would wait for each other for ten minutes
                 raise ValueError(f"RANK {self.rank} is not below WORLD_SIZE {self.size}")
             if device.type == "cuda":
                 self.device = gpt.pick_device(f"cuda:{local}")
@@ -845,9 +845,12 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
                 old.unlink(missing_ok=True)
         if row and row is state.best():
             gpt.save_file(path.with_name("model.pt"), run.config, run.model, **row)
-        if state.log:
-            write_log(path.with_name("log.csv"), state.log)
-        write_record(run)
+        try:
+            if state.log:
+                write_log(path.with_name("log.csv"), state.log)
+            write_record(run)
+        except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
+            notice(f"log.csv or run.json is not written, training goes on: {problem.strerror}")
         gpt.save_file(path, run.config, run.model, **parts)
     run.replaces = False
     run.ranks.gather(None)
@@ -950,7 +953,7 @@ class Progress:
         """How fast the steps since `begin_lap` were."""
         self.run.loss.item()
         iterations = self.run.state.iteration - self.lap_from
-        seconds = time.monotonic() - self.lap_at
+        seconds = max(time.monotonic() - self.lap_at, 1e-3)  # some clocks tick seldom
         return iterations * self.run.config.tokens_per_iteration / seconds
 
     def show(self, evaluates: bool) -> None:

@@ -195,7 +195,7 @@ def print_heads(table: Table, rises: Tensor | None) -> None:
     for at in itertools.product(*map(range, table["back"].shape)):
         shares = [f"{table[name][at]:.0%}".replace("nan%", "-") for name in NAMES]
         back, bits, worth = f"{table['back'][at]:.1f}", f"{table['bits'][at]:.1f}", "-"
-        if rises is not None:
+        if rises is not None and rises.size(-1) > 1:  # one window has no standard error
             mean, error = rises[at].mean(), rises[at].std() / math.sqrt(rises.size(-1))
             worth = f"{mean:.4f} ± {error:.4f}" if abs(mean) >= 2 * error else "0"
         rows.append([*map(str, at), back, bits, *shares, head_name(table, *at), worth])

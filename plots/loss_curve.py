@@ -159,10 +159,10 @@ def draw_runs(path: Path, runs: list[Run], x: str, scale: str, level: float | No
     for run in runs:
         if x not in run.log[0]:
             raise UserError(f"the log of {run.name} has no {x}: choose another --x")
-        label = f"{run.name}: {differences(run, runs)}".removesuffix(": ")
+        label = f" {run.name}: {differences(run, runs)}".removesuffix(": ").replace("$", r"\$")
         at, losses = [row[x] for row in run.log], [row["val_loss"] for row in run.log]
         style = {"color": "0.7", "linewidth": 5} if run.log == published else {"marker": "."}
-        axes.plot(at, losses, label=label, **style)
+        axes.plot(at, losses, label=label, **style)  # "_a" would be hidden, "$a$" a formula
     if level is not None:
         axes.axhline(level, color="0.5", linewidth=1, linestyle=":")
         axes.text(0.01, level, f"{level:g}", transform=axes.get_yaxis_transform(), va="bottom")

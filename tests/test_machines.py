@@ -395,7 +395,8 @@ def test_another_runtime_error_is_not_called_memory(monkeypatch):
         cli(work)
 
 
-@pytest.mark.parametrize("changes", [dict(RANK="5"), dict(MASTER_PORT="abc")], ids=str)
+@pytest.mark.parametrize("changes", [dict(RANK="5"), dict(RANK="-1"), dict(MASTER_PORT="abc")],
+                         ids=str)
 def test_ranks_that_cannot_meet_are_one_line(monkeypatch, changes):
     left = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
     for name, value in (left | changes).items():
@@ -540,3 +541,44 @@ def test_config_is_imported_before_torch_and_sets_what_torch_reads_then():
     for script in ("train.py", "sample.py", "model.py"):
         text = (ROOT / script).read_text()
         assert text.index("\nfrom config import") < text.index("\nimport torch")
+
+
+# ------------------------------------------------- What a tester of odd things found besides
+
+
+def test_a_log_that_cannot_be_replaced_is_a_notice_and_the_checkpoint_is_written(data, tmp_path):
+    run = new_run(tiny(data, tmp_path))
+    (run.out_dir / "log.csv").mkdir()  # as a spreadsheet on Windows holds it
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        train.save_checkpoint(run, train.evaluate(run, 1, 1.0))
+    assert "training goes on" in err.getvalue() and err.getvalue().count("\n") == 1
+    state = gpt.load_file(run.out_dir / "ckpt.pt")["state"]
+    assert len(state["log"]) == 1
+
+
+def test_the_log_of_an_old_run_is_not_replaced_unasked(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.csv").write_text("kept, when the large files went\n")
+    assert "log.csv is there already" in refusal(run_short, data, tmp_path)
+    run_short(data, tmp_path, "--overwrite")
+    assert (out / "log.csv").read_text().startswith("iteration,")
+
+
+def test_a_clock_that_stands_still_ends_no_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "monotonic", lambda: 7.0)
+    run_short(data, tmp_path)
+    assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "null"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="no file that could be replaced"), atomic_write(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_an_empty_preset_is_not_the_default_one(data, tmp_path):
+    assert "preset ''" in refusal(main, "--preset=")

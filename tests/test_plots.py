@@ -230,6 +230,18 @@ def test_labels_a_level_and_each_x(tmp_path, capsys, x):
     assert out.read_bytes()[:4] == PNG
 
 
+def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    legends = []
+    legend = Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda axes: legends.append(legend(axes)))
+    runs = [make_run(tmp_path / name, [4, 3]) for name in ("$5_vs_$6", "_a")]
+    loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
+    names = [text.get_text() for text in legends[0].get_texts()]
+    assert names[0].startswith(r" \$5_vs_\$6") and names[1].startswith(" _a")
+
+
 def test_a_column_that_a_log_lacks_is_told(tmp_path):
     with pytest.raises(UserError, match="has no seconds"):
         loss_curve.main([str(loss_curve.PUBLISHED), "--x", "seconds"])

@@ -460,13 +460,13 @@ def test_one_odd_row_does_not_end_it(tmp_path, capsys):
     path = tmp_path / "in.jsonl"
     path.write_text(
         '{"text": null}\n{"text": "\\ud83d alone"}\n{"text": "\\udc00\\ud800"}\n'
-        '{"text": ""}\n{"text": "\\ud83d\\ude42 whole"}\n{"story": null}\n'
+        '{"text": ""}\n{"text": "\\ud83d\\ude42 whole"}\n{"story": null}\n{"text": NaN}\n'
     )
     meta = prepare_data.prepare(str(path), tmp_path / "out", str(path))
     assert stories_in(tmp_path / "out", "train") == ["\ufffd alone", "\ufffd\ufffd", "🙂 whole"]
     row = meta["splits"]["train"]
-    assert (row["stories"], row["empty"], row["replaced: half a character"]) == (3, 3, 2)
-    assert "3 empty, 2 replaced: half a character" in capsys.readouterr().err
+    assert (row["stories"], row["empty"], row["replaced: half a character"]) == (3, 4, 2)
+    assert "4 empty, 2 replaced: half a character" in capsys.readouterr().err
     both = write_parquet(tmp_path / "in.parquet", [None, "a", None, "b"])
     assert (
         prepare_data.prepare(str(both), tmp_path / "two", str(both))["splits"]["val"]["empty"] == 2
@@ -876,6 +876,7 @@ WRONG = {  # content, and what the line says
     "blank.txt": (f" \n{END}\n\t{END}".encode(), "is empty"),
     "latin.txt": ("caf\xe9 au lait".encode("latin-1"), "convert it to UTF-8"),
     "utf16.txt": ("a story".encode("utf-16"), "convert it to UTF-8"),
+    "unmarked.txt": ("a story".encode("utf-16-le"), "NUL characters: convert it to UTF-8"),
     "late.txt": (b"A story. " * 200_000 + b"\xff", "convert it to UTF-8"),
     "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n',
                      "number.jsonl, row 2: the text is no string, but 3"),
