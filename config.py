@@ -135,7 +135,7 @@ class Config:
                 object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
-        if self.decay_iters < min(self.warmup, self.max_iters):
+        if self.max_epochs is None and self.decay_iters < min(self.warmup, self.max_iters):
             raise UserError(f"lr_decay_iters {self.decay_iters} is below warmup_iters "
                             f"{self.warmup}")
         if self.data_dir is None:

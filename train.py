@@ -127,8 +127,9 @@ def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | Non
         return resumed_config(overrides, checkpoint, path), checkpoint, None
     for there in (path, path.with_name("model.pt"), path.with_name("log.csv")):
         if there.exists() and not mode:
-            raise UserError(f"{there} is there already: add --resume to go on with it, --overwrite "
-                            "to drop it, or name another --out_dir")
+            go_on = "--resume to go on with it, " if path.exists() else ""
+            raise UserError(f"{there} is there already: add {go_on}--overwrite to drop it, or name "
+                            "another --out_dir")
     if mode == "resume":
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
         notice(f"there is no {path} yet: starting from the beginning"
@@ -208,6 +209,7 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     if config.max_epochs is not None:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
+        dataclasses.replace(config, max_iters=length, max_epochs=None)  # UserError if it cannot be
         config = dataclasses.replace(config, max_iters=length)
     run = Run(config, meta, ranks, source)
     if checkpoint:
@@ -850,7 +852,7 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
                 write_log(path.with_name("log.csv"), state.log)
             write_record(run)
         except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
-            notice(f"log.csv or run.json is not written, training goes on: {problem.strerror}")
+            notice(f"log.csv or run.json is not written: {problem.strerror}")
         gpt.save_file(path, run.config, run.model, **parts)
     run.replaces = False
     run.ranks.gather(None)

@@ -256,8 +256,8 @@ def test_max_iters_of_a_preset_or_typed_wins_over_an_edited_max_epochs():
 
 
 def test_epochs_are_checked_against_the_schedule_once_the_data_is_open(data, tmp_path):
-    settings = dict(max_epochs=0.05, lr_decay_iters=2, warmup_iters=500)
-    assert "lr_decay_iters 2" in refusal(tiny, data, tmp_path, **settings)
+    settings = tiny(data, tmp_path, max_epochs=0.05, lr_decay_iters=2, warmup_iters=500)
+    assert "lr_decay_iters 2" in refusal(train.start, settings, {})
 
 
 def test_a_model_of_another_vocabulary_is_not_scored_on_a_text(data, tmp_path, monkeypatch):
@@ -552,7 +552,7 @@ def test_a_log_that_cannot_be_replaced_is_a_notice_and_the_checkpoint_is_written
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         train.save_checkpoint(run, train.evaluate(run, 1, 1.0))
-    assert "training goes on" in err.getvalue() and err.getvalue().count("\n") == 1
+    assert "is not written" in err.getvalue() and err.getvalue().count("\n") == 1
     state = gpt.load_file(run.out_dir / "ckpt.pt")["state"]
     assert len(state["log"]) == 1
 
@@ -561,7 +561,7 @@ def test_the_log_of_an_old_run_is_not_replaced_unasked(data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "log.csv").write_text("kept, when the large files went\n")
-    assert "log.csv is there already" in refusal(run_short, data, tmp_path)
+    assert "log.csv is there already: add --overwrite" in refusal(run_short, data, tmp_path)
     run_short(data, tmp_path, "--overwrite")
     assert (out / "log.csv").read_text().startswith("iteration,")
 
