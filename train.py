@@ -200,9 +200,11 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
         import_tensorboard()
     # A new run prepares its data; several processes would all do so at once.
     if checkpoint is None and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
-        prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
-        notice(f"no prepared data in {config.data_dir}{nearest(config.data_dir, prepared)}: "
-               f"preparing {config.dataset}")
+        guess = ""
+        if "data_dir" in overrides and "dataset" not in overrides:  # it may be misspelt
+            prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
+            guess = nearest(config.data_dir, prepared)
+        notice(f"no prepared data in {config.data_dir}{guess}: preparing {config.dataset}")
         data.prepare(config.dataset, config.data_dir)
     meta = open_data(config, overrides)
     config = dataclasses.replace(config, dataset=meta["dataset"])
@@ -360,7 +362,7 @@ class Ranks:
         try:
             self.rank, self.size, local = map(int, values[:3])
             if not 0 <= self.rank < self.size:  # they would wait for each other for ten minutes
-                raise ValueError(f"RANK {self.rank} is not below WORLD_SIZE {self.size}")
+                raise ValueError(f"RANK {self.rank} does not fit WORLD_SIZE {self.size}")
             if device.type == "cuda":
                 self.device = gpt.pick_device(f"cuda:{local}")
                 torch.cuda.set_device(self.device)

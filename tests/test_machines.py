@@ -582,3 +582,18 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
 
 def test_an_empty_preset_is_not_the_default_one(data, tmp_path):
     assert "preset ''" in refusal(main, "--preset=")
+
+
+def test_a_misspelt_data_dir_is_asked_about_and_no_other(tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise UserError("no Hub here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.data, "prepare", stop)
+    for name in ("my_stories", "TinyStories"):
+        Path("data", name).mkdir(parents=True)
+        Path("data", name, "meta.json").touch()
+    refusal(train.main, ["--preset", "tuned", "--data_dir", "data/my_story"])
+    assert "data/my_story, did you mean data/my_stories?: preparing" in capsys.readouterr().err
+    refusal(train.main, ["--preset", "demo"])
+    assert "no prepared data in data/toy: preparing toy" in capsys.readouterr().err
