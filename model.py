@@ -536,6 +536,8 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path)
     except (RuntimeError, AttributeError, TypeError) as problem:
         reason = one_line(problem)[:120]
         raise UserError(f"the weights in {path} do not fit their model ({reason})") from None
+    if not all(weight.sum().isfinite() for weight in model.parameters()):
+        raise UserError(f"the weights in {path} are not all finite numbers: its training failed")
 
 
 # Hugging Face's names of our settings, and what our GPT is always; it keeps the matrices of

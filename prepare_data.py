@@ -253,7 +253,10 @@ def read_rows(path: Path) -> Iterator[Any]:
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, strict=True)
-    column = column_of(rows.fieldnames or ["text"], path)
+    names = rows.fieldnames or ["text"]
+    column = column_of(names, path)
+    if list(names).count(column) > 1:
+        raise UserError(f"{path} has two columns {column}: rename the one that is not meant")
     for row in rows:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
             raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
@@ -627,7 +630,8 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
                 raise UserError(f"no story for the {split} split: {meta['dataset']} is empty, or "
-                                "too small for this --val_fraction: raise it or give --val_dataset")
+                                "too small for this --val_fraction: change it, or add "
+                                "--val_dataset")
             meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta

@@ -745,6 +745,13 @@ def test_weights_that_do_not_fit_the_config_are_refused(saved, changes):
     assert "model.pt" in refused(saved)
 
 
+def test_weights_that_are_no_numbers_are_refused(saved):
+    content = torch.load(saved)
+    content["model"]["transformer.ln_f.weight"][0] = math.nan
+    torch.save(content, saved)
+    assert "model.pt are not all finite" in refused(saved)
+
+
 def test_a_config_field_of_another_version_is_refused_by_name(saved):
     content = torch.load(saved)
     content["config"]["n_layers"] = 2

@@ -144,6 +144,14 @@ def test_over_validation_text_the_table_says_what_a_head_is_worth(checkpoint, tm
     assert all(w == "0" or " ± " in w for w in worth)
 
 
+def test_one_window_has_no_standard_error_and_so_no_worth(model, capsys):
+    table = head_table(model, torch.arange(16)[None])
+    blocks, heads = table["bits"].shape
+    attention.print_heads(table, torch.ones(blocks, heads, 1))
+    lines = capsys.readouterr().out.splitlines()[1 : blocks * heads + 1]
+    assert [line.split()[-1] for line in lines] == ["-"] * len(lines)
+
+
 @pytest.mark.parametrize("module, flags, message", [
     ("attention", ["--checkpoint", "none.pt"], "no checkpoint none.pt"),
     ("attention", ["--layer", "1"], "--layer and --head go together"),

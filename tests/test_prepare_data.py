@@ -896,6 +896,7 @@ WRONG = {  # content, and what the line says
     "empty.json": (b"[]", "is empty"),
     "empty.csv": (b"", "is empty"),
     "column.csv": (b"id,body\n1,a\n", "column.csv has no text or story column, only id, body"),
+    "twice.csv": (b"text,id,text\na,1,b\n", "twice.csv has two columns text"),
     "semicolon.csv": (b"id;text\n1;a\n", "only id;text"),
     "comma.csv": (b"text\na\nOnce upon a time, a cat\n", "behind row 1: line 3 has more fields"),
     "quote.csv": (b'text\na\n"Once upon a time\nb\n', "behind row 1: unexpected end of data"),
