@@ -537,7 +537,7 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path)
         reason = one_line(problem)[:120]
         raise UserError(f"the weights in {path} do not fit their model ({reason})") from None
     if not all(weight.sum().isfinite() for weight in model.parameters()):
-        raise UserError(f"the weights in {path} are not all finite numbers: its training failed")
+        raise UserError(f"the weights in {path} are not all finite numbers: name another model")
 
 
 # Hugging Face's names of our settings, and what our GPT is always; it keeps the matrices of

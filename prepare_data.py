@@ -253,10 +253,7 @@ def read_rows(path: Path) -> Iterator[Any]:
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, strict=True)
-    names = rows.fieldnames or ["text"]
-    column = column_of(names, path)
-    if list(names).count(column) > 1:
-        raise UserError(f"{path} has two columns {column}: rename the one that is not meant")
+    column = column_of(rows.fieldnames or ["text"], path)
     for row in rows:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
             raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
@@ -294,6 +291,8 @@ def read_hub(split: Any, name: str) -> Iterator[Any]:
 
 def column_of(names: Iterable[str], where: object) -> str:
     for name in ("text", "story"):
+        if list(names).count(name) > 1:
+            raise UserError(f"{where} has two columns {name}: rename the one that is not meant")
         if name in names:
             return name
     raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}")
@@ -630,8 +629,8 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
                 raise UserError(f"no story for the {split} split: {meta['dataset']} is empty, or "
-                                "too small for this --val_fraction: change it, or add "
-                                "--val_dataset")
+                                "too small for this --val_fraction: change it, or name "
+                                "another --val_dataset")
             meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
