@@ -266,6 +266,8 @@ def compile_model(run: "Run") -> None:
     ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
     run.compiled = True
     try:
+        if run.no_cache:
+            raise run.no_cache
         for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
             if os.environ.get(name) == "1":  # torch.compile would do nothing, in silence
                 raise RuntimeError(f"{name} is set")
@@ -284,6 +286,18 @@ def compile_model(run: "Run") -> None:
                         "auto")
     if problems:
         run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
+
+
+def try_compile_cache() -> OSError | None:
+    """What is wrong with the folder that TORCHINDUCTOR_CACHE_DIR names, if it cannot be made. Any
+    optimizer would end in that error, since it imports torch.compile: the usual folder serves then.
+    """
+    try:
+        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
+    except OSError as problem:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        return problem
+    return None
 
 
 def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> None:
@@ -706,6 +720,7 @@ class Run:
             weights = source.state_dict() | {"transformer.wpe.weight": positions}
             gpt.load_weights(model, weights, "the model to start from")
         self.model = model.to(self.device)  # drawn on the CPU: the same on every device
+        self.no_cache = try_compile_cache()
         self.optimizer = make_optimizer(model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss = torch.zeros((), device=self.device)  # of the last step

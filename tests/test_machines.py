@@ -206,6 +206,13 @@ def test_a_switched_off_torch_compile_is_not_called_compiled(data, tmp_path, mon
         run_short(data, tmp_path / "true", compile="true")
 
 
+def test_a_cache_that_cannot_be_made_ends_no_run(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
+    said = run_short(data, tmp_path, compile="auto")
+    assert "/proc/cache" in said and ", compiled" not in said
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # every optimizer would end in it
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no compiler", "no headers", "no cache"])
 def test_a_compiler_that_does_not_work_is_one_line(data, tmp_path, kind):
