@@ -3,7 +3,7 @@
 Edit a value here and it holds from now on; type it as a flag (`python train.py --max_iters 500`)
 and it holds for one run. The fields of `Config` are the `reference` preset. Every other preset
 lists what it changes, and its own lines win: to tweak `tuned`, edit PRESETS["tuned"]. A run that
-is resumed keeps the settings it began with. Behind the constants stands what the command lines
+is resumed keeps the settings it began with. After the constants comes what the command lines
 share: flags, errors, atomic writes.
 """
 
@@ -27,33 +27,20 @@ DEFAULT_PRESET = "reference"  # what `python train.py` trains
 DEVICE = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# A process that was started with its input or output closed (cron, daemons) would give their
-# numbers to the first files it opens, and messages would land in those.
-for number in (0, 1, 2):
-    try:
-        os.fstat(number)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)
-# Ctrl-C while torch is imported is no traceback either.
-sys.excepthook = lambda kind, *problem: (
-    None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *problem))
-# PyTorch's threads spin while they wait for each other, which starves them beside another job.
-# Read when torch is imported, by PyTorch builds that use GNU's OpenMP.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 class UserError(Exception):
     """A mistake the user can mend: `cli` prints it as one line and exits with status 2."""
 
 
 def setting(default: Any, help: str, group: str = "", **limits: Any) -> Any:
-    """A field of Config, and a flag if it has a help text. `group` heads it and the next ones."""
+    """A field of Config, a flag if it has a help text; `group` is the heading in --help from it on.
+    """
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=limits))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. UserError if it is built with a value, or a combination, that cannot be."""
+    """The settings of one run. UserError if a value, or a combination of them, is impossible."""
 
     preset: str = setting("reference", "the recipe to start from; other flags change it")
 
@@ -67,24 +54,24 @@ class Config:
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "GELU, or GPT-2's approximation", one_of=("exact", "tanh"))
     init: str = setting("gpt2", "first weights, see model.py", one_of=("gpt2", "fan_in"))
-    embedding_init: str = setting("random", "first vectors of tokens", one_of=("random", "subword"))
+    embedding_init: str = setting("random", "first token embeddings", one_of=("random", "subword"))
     init_from: str | None = setting(None, "model.pt, ckpt.pt or Hugging Face GPT-2 to start from")
 
     # The data.
     dataset: str = setting("roneneldan/TinyStories", "a Hub name, toy, or a path", "data")
     data_dir: str | None = setting(None, "folder of the prepared data; else data/<dataset>")
     crops: str = setting("random", "where sequences begin: anywhere, or every window once before "
-                         "any twice", one_of=("random", "shuffled"))  # fmt: skip
+                         "any twice", one_of=("random", "shuffled"))
 
     # The batch. An iteration is batch_size sequences, forward and backward (4,096 tokens); an
     # optimizer step is over gradient_accumulation_steps iterations (131,072 tokens).
     batch_size: int = setting(32, "sequences in an iteration", "batch", at_least=1)
     gradient_accumulation_steps: int = setting(32, "iterations in an optimizer step", at_least=1)
     device_batch_size: int | None = setting(None, "sequences on the device at once, for memory "
-                                            "and speed; else batch_size", at_least=1)  # fmt: skip
+                                            "and speed; else batch_size", at_least=1)
     max_iters: int = setting(10_000, "iterations in the run; nanoGPT counts steps", at_least=1)
-    max_epochs: float | None = setting(None, "the same in passes over the training data; holds "
-                                       "where a preset has both", above=0, at_most=1e6)  # fmt: skip
+    max_epochs: float | None = setting(None, "passes over the training data; of a preset with "
+                                       "both, this is the length", above=0, at_most=1e6)
 
     # The learning rate, a function of the iteration: linear warmup, then a decay from
     # learning_rate to min_lr. The reference's "minimum" lies above its start, so the rate
@@ -92,18 +79,19 @@ class Config:
     learning_rate: float = setting(1e-4, "rate after the warmup", "learning rate", above=0)
     min_lr: float = setting(5e-4, "rate at the end of the decay", at_least=0)
     lr_schedule: str = setting("cosine", "shape of the decay", one_of=("cosine", "linear"))
-    warmup_iters: int | None = setting(1000, "iterations, not steps, of warmup", at_least=0)
+    warmup_iters: int | None = setting(1000, "iterations, not steps, of warmup; if None, a "
+                                       "twentieth of max_iters", at_least=0)
     warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate",
-                                         at_least=0, at_most=1)  # fmt: skip
+                                         at_least=0, at_most=1)
     lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; else "
-                                         "max_iters", at_least=1)  # fmt: skip
+                                         "max_iters", at_least=1)
     embedding_lr_mult: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a "
-                                       "multiple of the matrices'", at_least=0)  # fmt: skip
+                                       "multiple of the matrices'", at_least=0)
 
     # AdamW, or Muon for the matrices of the blocks. The reference decayed every parameter; biases
     # and LayerNorms are left alone here, since pulling a scale of one to zero regularizes nothing.
-    matrix_optimizer: str = setting("adamw", "who steps the blocks' matrices; AdamW all the rest",
-                                    "optimizer", one_of=("adamw", "muon"))  # fmt: skip
+    matrix_optimizer: str = setting("adamw", "for the blocks' matrices; AdamW does the rest",
+                                    "optimizer", one_of=("adamw", "muon"))
     momentum: float = setting(0.95, "Muon's memory of the gradient", at_least=0, below=1)
     weight_decay: float = setting(0.1, "decay of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
@@ -128,11 +116,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            kind, *optional = get_args(field.type) or (field.type,)
             value = getattr(self, field.name)
-            if not (optional and value is None):
-                value = checked(field.name, value, kind, **field.metadata["limits"])
-                object.__setattr__(self, field.name, value)
+            if value is None and isinstance(None, field.type):
+                continue
+            value = checked(field.name, value, kind_of(field), **field.metadata["limits"])
+            object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if self.max_epochs is None and self.decay_iters < min(self.warmup, self.max_iters):
@@ -154,7 +142,8 @@ class Config:
             raise UserError(f"preset {preset!r} is not known{nearest(preset, PRESETS)}: {names}")
         known = {field.name for field in dataclasses.fields(cls)} - {"preset"}
         for key in PRESETS[preset].keys() - known:
-            raise UserError(f"config.py: {preset!r} sets {key!r}, no setting{nearest(key, known)}")
+            raise UserError(f"config.py: {preset!r} sets {key!r}, which is no setting"
+                            f"{nearest(key, known)}")
         settings: dict[str, Any] = {"preset": preset}
         for given in (PRESETS[preset], overrides):
             if "max_iters" in given:  # wins over a max_epochs from before
@@ -200,7 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_windows=64, learning_rate=3e-3, min_lr=0.0,
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
-}  # fmt: skip
+}
 # `tuned` in larger steps, for a GPU; its length is max_epochs, whatever max_iters says.
 PRESETS["full"] = PRESETS["tuned"] | dict(batch_size=64, max_epochs=1.0)
 
@@ -210,15 +199,17 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")  # of the texts that 
 
 def default_data_dir(dataset: str) -> str:
     """data/<name of the dataset>: TinyStories for roneneldan/TinyStories, train for a/train.txt."""
-    path = Path(dataset)
-    name = path.stem if path.suffix.lower() == ".gz" else path.name
-    name = Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name
-    return f"data/{name.strip('.') or path.resolve().name or 'dataset'}"
+    name = Path(dataset).name
+    for endings in ((".gz",), SUFFIXES):
+        if Path(name).suffix.lower() in endings:
+            name = Path(name).stem
+    return f"data/{name.strip('.') or Path(dataset).resolve().name or 'dataset'}"
 
 
 # -------------------------------------------------------------------------------------------- Flags
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# What a text must look like: in the words of the error message, and as a pattern.
 TEXT, PATH = "any text", "a path"
 FORMS = {TEXT: "(?s).*", PATH: r"[^\0]*\S[^\0]*",
          DEVICE: r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,5}))?"}
@@ -254,13 +245,19 @@ def checked(name: str, value: Any, kind: type, **limits: Any) -> Any:
 
 def from_text(text: str, kind: type) -> Any:
     """What was typed, as this kind: 1e4 is a whole number too. The text itself if it is none."""
-    with contextlib.suppress(ValueError, KeyError, OverflowError):
+    with contextlib.suppress(ValueError, KeyError):
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        if kind is int and float(text).is_integer() and not text.lstrip("+-").isdigit():
-            return int(float(text))
         return kind(text)
+    with contextlib.suppress(ValueError):
+        if kind is int and float(text).is_integer():
+            return int(float(text))
     return text
+
+
+def kind_of(field: dataclasses.Field) -> type:
+    """int, for a field of int as for one of int | None."""
+    return (get_args(field.type) or (field.type,))[0]
 
 
 def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limits: Any) -> Any:
@@ -295,12 +292,12 @@ def add_config_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         if help:
-            kind = (get_args(field.type) or (field.type,))[0]
-            add_flag(group, field.name, kind, default, help, **limits).default = argparse.SUPPRESS
+            action = add_flag(group, field.name, kind_of(field), default, help, **limits)
+            action.default = argparse.SUPPRESS  # its help has told the default
 
 
 # What people type who know other programs.
-ELSEWHERE = dict(
+ALIASES = dict(
     lr="learning_rate", epochs="max_epochs", num_epochs="max_epochs", steps="max_iters",
     max_steps="max_iters", batch="batch_size", ctx="block_size", seq_len="block_size",
     wd="weight_decay", grad_accum="gradient_accumulation_steps", data="data_dir",
@@ -311,7 +308,7 @@ ELSEWHERE = dict(
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known word that looks most like `word`, else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {found[0]}?" if found else ""
 
 
@@ -335,12 +332,31 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             name = flag.lstrip("-").replace("-", "_")
-            guess = nearest("--" + ELSEWHERE.get(name, name), self._option_string_actions)
+            guess = nearest("--" + ALIASES.get(name, name), self._option_string_actions)
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
 
 
 # --------------------------------------------------------------------------- Errors, notices, files
+
+# A process that was started with its input or output closed (cron, daemons) would give their
+# numbers to the first files it opens, and messages would land in those.
+for number in (0, 1, 2):
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+# PyTorch's threads spin while they wait for each other, which starves them beside another job.
+# Read when torch is imported, by PyTorch builds that use GNU's OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def no_traceback_of_ctrl_c(kind: type[BaseException], *problem: Any) -> None:
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, *problem)
+
+
+sys.excepthook = no_traceback_of_ctrl_c  # while torch is imported; later `cli` sees to it
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
@@ -364,19 +380,20 @@ def cli(main: Callable[[list[str]], None]) -> None:
         line = str(mistake)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         line = str(problem.strerror or problem)
-        line += f": {problem.filename}" if problem.filename else ""
+        place = problem.filename2 or problem.filename  # of a rename, where it goes to
+        line += f": {place}" if place else ""
     except (MemoryError, RuntimeError) as problem:  # PyTorch's are RuntimeErrors, on a GPU or not
         memory = "out of memory|allocate memory|not enough memory"
         if isinstance(problem, RuntimeError) and not re.search(memory, str(problem)):
             raise
         line = ("out of memory: halve --device_batch_size (the result stays the same), "
-                "--num_samples, or the model")
+                "--num_samples, --num_threads or the model, whichever there is")
     notice(f"error: {one_line(line)}")
     sys.exit(2)
 
 
 class Lossy:
-    """A stream whose reader may leave, a terminal say: what is written then is lost, no more."""
+    """A stream that may go, as a closed terminal: what is written then is lost, nothing fails."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -422,7 +439,7 @@ def lock_folder(folder: Path) -> int | None:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             os.close(handle)
             return None
-        # Else a file system without locks (some network drives): it is used without.
+        return handle  # a file system without locks (some network drives): it is used without
     for partial in folder.glob(".*.partial"):
         partial.unlink()
     return handle

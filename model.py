@@ -58,7 +58,7 @@ class Dropout(nn.Dropout):
 @torch.library.custom_op("tinystories::draw_bits", mutates_args={"bits"})
 def draw_bits(bits: torch.Tensor) -> None:
     """Fills int64 `bits` from the default generator: in one call, in a compiled block too."""
-    bits.random_(-(2**63), None)
+    bits.random_(-(2**63), None)  # None: up to the largest
 
 
 SHORT = 256  # tokens: beyond, the T x T scores of attention written out take too much memory
@@ -138,7 +138,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.softmax_gradient: SoftmaxGradient = softmax_gradient
+        self.softmax_gradient = softmax_gradient  # `compile_parts` replaces it
         self.apply(self._initialise)
         if config.embedding_init == "subword" and token_bytes:
             subword_initialisation(self.transformer.wte.weight, token_bytes)
@@ -181,7 +181,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids (B, T), T up to block_size, to logits (B, T, V); with targets (B, T), to their
-        mean loss in nats, for which the logits are never all held.
+        mean loss in nats, for which the logits of CHUNK tokens at most are held.
         """
         x, head = self.features(idx), self.transformer.wte.weight
         if targets is None:
@@ -213,7 +213,8 @@ def sinusoidal_positions(count: int, width: int, std: float) -> torch.Tensor:
 
 @torch.no_grad()
 def subword_initialisation(vectors: torch.Tensor, token_bytes: list[bytes]) -> None:
-    """Lets the vectors (V, C) of tokens that share letters begin alike, the rare near relatives.
+    """Lets the vectors (V, C) of tokens that share letters begin alike, so that what is learnt of
+    frequent ones holds for rare ones.
 
     The direction of each becomes a sum of random ones: its own, its word's (the same for " Dog"
     and "dog"), and those of its word's letter groups ("dogs" has three of "dog"'s six); the
@@ -226,10 +227,13 @@ def subword_initialisation(vectors: torch.Tensor, token_bytes: list[bytes]) -> N
     total = F.normalize(own) * math.sqrt(0.1)  # the shares of the squared length add up to 1
     for kind, share in (("word", 0.5), ("letters", 0.4)):
         numbers: dict[str, int] = {}  # of the groups, in the order they appear
-        members = [numbers.setdefault(name, len(numbers)) for of in groups for name in of[kind]]
-        lengths = torch.tensor([len(of[kind]) for of in groups])
+        members, begins = [], []  # of all tokens, one after the other; where each token's begin
+        for of_token in groups:
+            begins.append(len(members))
+            for name in of_token[kind]:
+                members.append(numbers.setdefault(name, len(numbers)))
         random = torch.randn(len(numbers), own.size(1))
-        means = F.embedding_bag(torch.tensor(members), random, lengths.cumsum(0) - lengths)
+        means = F.embedding_bag(torch.tensor(members), random, torch.tensor(begins))
         total += F.normalize(means) * math.sqrt(share)
     vectors.copy_(F.normalize(total) * own.norm(dim=1, keepdim=True))
 
@@ -241,28 +245,27 @@ def subword_groups(token: bytes) -> dict[str, list[str]]:
     """
     word = (token.strip().lower() or token).decode("latin-1")  # it may be a part of a letter only
     marked = f"<{word}>"
-    letters = [marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)]
+    letters = []
+    for n in (3, 4, 5):
+        letters += [marked[i : i + n] for i in range(len(marked) - n + 1)]
     return {"word": [word], "letters": letters}
 
 
 # ----------------------------------------------------------------------------------------- The loss
 # Two thirds of the model's arithmetic is the head (C x 50,257), and the logits of 4,096 tokens
-# are 0.8 GB in float32, their gradient as much again. So the head runs over a few hundred
-# tokens at a time, and takes the gradient while it has the logits: softmax minus one-hot
-# needs nothing from later in the graph but a factor. The logits are then thrown away.
+# are 0.8 GB in float32, their gradient as much again. So the head runs over CHUNK tokens at a
+# time, and takes the gradient while it has the logits: softmax minus one-hot needs nothing
+# from later in the graph but a factor. The logits are then thrown away.
 
-# Tokens at a time: in the matrix products, enough to fill the matrix units; in the softmax on
-# a CPU, few enough to stay in its cache (a tenth of the time that runs over memory take).
+# Tokens at a time. In the matrix products: enough to fill the matrix units. In the softmax on
+# a CPU: few enough to stay in its cache, which is ten times as fast as memory.
 CHUNK = {"cpu": 512, "cuda": 8192, "mps": 2048}
 ROWS = {"cpu": 64, "cuda": 8192, "mps": 2048}
-# Rows of the head's gradient at a time: what is added to it would else be as large as it is.
+# Rows of the head's gradient at a time: what is added to them is held once more.
 SLICE = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 # Float16 has no room below 6e-8, where the softmax of an unlikely token lies: its gradient is
 # kept 8 times as large (exactly: a power of two) and divided again in float32.
 FLOAT16_SCALE = 8.0
-
-SoftmaxGradient = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-
 
 def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
     """Turns logits (N, V) into `scale` x the gradient of their summed cross-entropy, in place:
@@ -271,7 +274,7 @@ def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) 
     targets = targets.unsqueeze(1)
     log_softmax = F.log_softmax(logits, dim=1, dtype=torch.float32)
     log_likelihood = log_softmax.gather(1, targets)
-    logits.copy_(log_softmax.exp() * scale)
+    logits.copy_(log_softmax.exp_().mul_(scale))
     logits.scatter_(1, targets, (torch.expm1(log_likelihood) * scale).to(logits.dtype))
     return -log_likelihood.sum()
 
@@ -281,10 +284,11 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                dtype: torch.dtype, softmax_gradient: SoftmaxGradient, training: bool):
+                dtype: torch.dtype, softmax_gradient: Callable, training: bool):
         kind, vocab = x.device.type, weight.size(0)
         # A width that is a multiple of 64 suits the matrix units: zero rows, never likely.
-        w = weight.new_zeros((vocab + -vocab % 64, weight.size(1)), dtype=dtype)
+        padded = math.ceil(vocab / 64) * 64
+        w = weight.new_zeros((padded, weight.size(1)), dtype=dtype)
         w[:vocab] = weight
         scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
         loss = x.new_zeros((), dtype=torch.float32)
@@ -298,13 +302,13 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             # The gradient takes the logits' place; in an evaluation too, since this is the
             # fastest way to the loss.
             answers = targets[rows].split(ROWS[kind])
-            for some, answer in zip(logits.split(ROWS[kind]), answers, strict=True):
-                loss += softmax_gradient(some, answer, scale)
+            for part, answer in zip(logits.split(ROWS[kind]), answers, strict=True):
+                loss += softmax_gradient(part, answer, scale)
             if training:
                 dx[rows] = logits @ w
                 columns = logits.split(SLICE[kind], dim=1)
-                for part, some in zip(dw.split(SLICE[kind]), columns, strict=True):
-                    part += some.t() @ chunk
+                for part, column in zip(dw.split(SLICE[kind]), columns, strict=True):
+                    part += column.t() @ chunk
         ctx.factor = 1 / (scale * len(x))
         if training:
             ctx.save_for_backward(dx, dw[:vocab])
@@ -319,9 +323,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 def fused_linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-    softmax_gradient: SoftmaxGradient = softmax_gradient,
+    softmax_gradient: Callable = softmax_gradient,
 ) -> torch.Tensor:
-    """The mean cross-entropy, in nats, of the logits x @ weight.t(), which are never all held.
+    """The mean cross-entropy, in nats, of the logits x @ weight.t(), of which those of
+    CHUNK tokens at most are held.
 
     x (N, C), weight (V, C), targets (N,) of ids below V; a float32 scalar comes back. The
     products run in autocast's dtype where it is on, else in that of x. The gradient goes to
@@ -446,7 +451,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         # AVX-512 BF16 or AMX; the names are private, and absent means no. Else it is emulated.
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+        native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
         able += ["bfloat16"]
         fastest = "bfloat16" if native else "float32"
     if name not in ("auto", *able):
@@ -540,8 +545,8 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path)
         raise UserError(f"the weights in {path} are not all finite numbers: name another model")
 
 
-# Hugging Face's names of our settings, and what our GPT is always; it keeps the matrices of
-# blocks as (in, out), PyTorch's Linear as (out, in).
+# Our settings under Hugging Face's names, and what our GPT always does. Hugging Face keeps the
+# matrices of blocks as (in, out), PyTorch's Linear as (out, in).
 SETTINGS = dict(
     n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_positions="block_size",
     vocab_size="vocab_size", embd_pdrop="dropout", attn_pdrop="dropout", resid_pdrop="dropout",
@@ -578,7 +583,8 @@ def load_hugging_face(path: str) -> GPT:
         if is_hub_name(path):
             reason = "no such file or folder, and not on the Hub, or the Hub cannot be reached"
         raise UserError(f"no checkpoint could be read from {path}: {reason}") from None
-    weights = {key: w for key, w in model.state_dict().items() if key != "lm_head.weight"}
+    weights = model.state_dict()
+    del weights["lm_head.weight"]  # the token embedding again
     return with_weights(config, transposed(weights), path)
 
 
@@ -606,7 +612,6 @@ def to_hugging_face(model: GPT) -> Any:
     settings = {name: getattr(model.config, ours) for name, ours in SETTINGS.items()}
     gelu = "gelu" if model.config.gelu == "exact" else "gelu_new"
     theirs = GPT2LMHeadModel(GPT2Config(**settings, **ALWAYS, activation_function=gelu))
-    weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}
-    weights |= transposed(model.state_dict())
+    weights = theirs.state_dict() | transposed(model.state_dict())  # its own biases are zero
     theirs.load_state_dict(weights | {"lm_head.weight": model.transformer.wte.weight})
     return theirs

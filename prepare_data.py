@@ -106,7 +106,7 @@ def tokenizer() -> tiktoken.Encoding:
 @cache
 def token_bytes() -> list[bytes]:
     """The bytes of every token id, by id."""
-    return [tokenizer().decode_single_token_bytes(token) for token in range(END_OF_TEXT + 1)]
+    return tokenizer().decode_tokens_bytes(range(END_OF_TEXT + 1))
 
 
 # White space (to tiktoken, too) that GPT-2's rule takes for one word: all but the last character
@@ -129,7 +129,7 @@ def encode_text(text: str) -> np.ndarray:
 
 
 def is_path(dataset: str) -> bool:
-    """Whether a name means a local path, there or not, rather than the Hub (or toy)."""
+    """Whether a dataset's name means a local path, existing or not. toy and Hub names do not."""
     looks = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     return dataset != "toy" and (looks or suffix_of(dataset) in SUFFIXES or Path(dataset).exists())
 
@@ -190,12 +190,14 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
     path = local_path(dataset)
     found: dict[str, list[Path]] = {}
     for file in files_in(path, set()):
+        # One file alone is training text, whatever its name.
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
-    for split, files in found.items():
-        names = ", ".join(str(file.relative_to(path)) for file in files[:20])
-        if path.is_dir():
-            notice(f"{dataset}, {split} ({len(files)}): {names}")
+    if path.is_dir():
+        for split, files in found.items():
+            names = ", ".join(str(file.relative_to(path)) for file in files[:20])
+            more = ", ..." if len(files) > 20 else ""
+            notice(f"{dataset}, {split} ({len(files)}): {names}{more}")
     found.pop("not read", None)
     if not found:
         raise UserError(f"{dataset} is not {LOCAL}: convert it, or rename it to what it is")
@@ -211,7 +213,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(dataset: str) -> str | None:
-    """SHA-256 of what a local dataset or the toy corpus holds now; None for the Hub."""
+    """SHA-256 of what a local dataset or the toy corpus gives to read now; None for the Hub."""
     if dataset == "toy":
         return hashlib.sha256(SEPARATOR.join(toy_stories()).encode()).hexdigest()
     if not is_path(dataset):
@@ -219,12 +221,15 @@ def fingerprint(dataset: str) -> str | None:
     path = local_path(dataset)
     if path.is_file():
         return sha256_of(path)
-    lines = [f"{file.relative_to(path)}\n{sha256_of(file)}\n" for file in files_in(path, set())]
+    lines = []
+    for file in files_in(path, set()):
+        if suffix_of(file) in SUFFIXES:
+            lines.append(f"{file.relative_to(path)}\n{sha256_of(file)}\n")
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """What stands where a file's texts should be: strings, null, anything; objects in JSON."""
+    """The text of every row, unchecked: a string, None, anything; of JSON, the whole object."""
     suffix = suffix_of(path)
     open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     if suffix == ".parquet":
@@ -253,12 +258,12 @@ def read_rows(path: Path) -> Iterator[Any]:
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, strict=True)
-    column = column_of(rows.fieldnames or ["text"], path)
+    column = column_of(rows.fieldnames or ["text"], path)  # an empty file has no columns or rows
     for row in rows:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
             raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
                              "quotes around its text")
-        if row[column] != column:  # or the first line again, of a file joined to another
+        if (row[column] or "").lstrip("\ufeff") != column:  # else the first line of a joined file
             yield row[column]
 
 
@@ -341,8 +346,8 @@ def find_hub_splits(dataset: str, clean: bool) -> Splits:
     except Exception as problem:
         raise UserError(f"{dataset} cannot be read: {problem!s:.300}") from problem
     sources: Splits = {}
-    for name in sorted(found, key=lambda name: name != "train"):  # before a "train_sft", say
-        split = split_of(Path(name))
+    for name in sorted(found, key=lambda name: name != "train"):  # it comes before train_sft
+        split = split_of(Path(name.partition("_")[0]))  # train for train_sft
         if split == "test" or split in sources:
             notice(f"{dataset}: the split {name} is left out")
         else:
@@ -376,8 +381,8 @@ def ask_hub(dataset: str) -> str:
 
 
 def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Story]:
-    """The stories in the rows that `read` gives of each name; null is an empty one. UserError names
-    the row without a text, or the row before what cannot be read.
+    """The stories in the rows of each file (or of the one Hub split); an absent text is an empty
+    story. UserError names the row without a text, or the row before what cannot be read.
     """
     for name in names:
         number = 0
@@ -385,12 +390,12 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
             for number, text in enumerate(read(name), 1):
                 if isinstance(text, dict):
                     text = text[column_of(text, f"{name}, row {number}")]
-                if isinstance(text, float) and math.isnan(text):
-                    text = None  # pandas writes null so
-                if text is not None and not isinstance(text, str):
+                if text is None or isinstance(text, float) and math.isnan(text):
+                    text = ""  # pandas writes null as NaN
+                if not isinstance(text, str):
                     what = f"the text is no string, but {text!r:.80}"
                     raise UserError(f"{name}, row {number}: {what}")
-                yield tidy(text or "", clean)
+                yield tidy(text, clean)
         except (UserError, MemoryError):
             raise
         except Exception as problem:  # those of pyarrow and datasets are of many kinds
@@ -444,7 +449,7 @@ def encode(batch: list[Story]) -> Batch:
     """The ids of a batch, END_OF_TEXT behind each story, and its share of the counts."""
     counts: Counter[str] = Counter()
     end = np.array([END_OF_TEXT], "<u2")
-    pieces = [end[:0]]
+    pieces = [end[:0]]  # a batch may have no story, and concatenate needs an array
     for story, kinds in batch:
         for kind in kinds:
             counts[kind] += 1
@@ -465,7 +470,7 @@ def encode_all(stories: Iterable[Story], num_threads: int) -> Iterator[Batch]:
         try:
             for story in stories:
                 batch.append(story)
-                length += len(story[0]) + 1
+                length += len(story[0]) + 1  # empty stories fill a batch too
                 if length >= CHUNK:
                     waiting.append(pool.submit(encode, batch))
                     batch, length = [], 0
@@ -500,8 +505,8 @@ def prepare(
     the input cannot be read; everything is then as it was.
     """
     folder = Path(os.path.expanduser(data_dir))
-    for name in (dataset, val_dataset or dataset):
-        if is_path(name) and folder.resolve().is_relative_to(local_path(name)):
+    for name in (dataset, val_dataset):
+        if name and is_path(name) and folder.resolve().is_relative_to(local_path(name)):
             raise UserError(f"choose another --data_dir: {folder} lies in the dataset {name}")
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
@@ -523,7 +528,8 @@ def prepare(
             other = find_splits(val_dataset, clean)
             sources["val"] = other.get("val") or other.get("train") or given([])
         if "train" not in sources:
-            raise UserError(f"{dataset} has no train split")
+            raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
+                            "it is training text")
         if "val" not in sources:
             sources = divide(sources["train"], dataset, folder, val_fraction)
         try:
@@ -578,18 +584,19 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
     """
     share = fraction or VAL_FRACTION
 
-    def side(wanted: str) -> Iterator[Story]:
+    def stories_of(split: str) -> Iterator[Story]:
         for story in source.read():
             # A function of the text, so that equal stories go to one side.
             digest = hashlib.blake2b(story[0].encode(), digest_size=8).hexdigest()
-            if wanted == ("val" if int(digest, 16) / 2**64 < share else "train"):
+            side = "val" if int(digest, 16) / 2**64 < share else "train"
+            if side == split:
                 yield story
 
-    with closing(source.read()) as stories:
+    with closing(source.read()) as stories:  # two are enough to know that it is not just one
         first = list(itertools.islice((story for story in stories if story[0]), 2))
     if len(first) != 1:
-        return {"train": Source(partial(side, "train"), source.total),
-                "val": Source(partial(side, "val"))}
+        return {"train": Source(partial(stories_of, "train"), source.total),
+                "val": Source(partial(stories_of, "val"))}
     if fraction is None:
         again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
         raise UserError(f"{dataset} is one story (a .txt file has {SEPARATOR} between stories): "
@@ -599,19 +606,21 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
     text, kinds = first[0]
     end = int(len(text) * (1 - share))
     blank = re.search(r"\s", text[end:])
-    end += blank.start() if blank else 0  # no word is cut
+    end += blank.start() if blank else 0  # no word is cut, if a blank follows
     return {"train": given([text[:end].strip()], kinds), "val": given([text[end:].strip()])}
 
 
 def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
-    """All three files or none. meta.json gets its name last: it vouches for the others."""
-    tokenizer()
+    """Writes all three files beside their names, then renames them, the first one opened last:
+    meta.json, which vouches for the others.
+    """
+    tokenizer()  # without a vocabulary, that is told before anything is written
     with (
         atomic_write(folder / "meta.json") as meta_file,
         atomic_write(folder / "train.bin") as train,
         atomic_write(folder / "val.bin") as val,
     ):
-        for split, path in (("val", val), ("train", train)):  # one that is empty shows at once
+        for split, path in (("val", val), ("train", train)):  # the short one first: it may be empty
             read, total = sources[split]
             counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
             digest = hashlib.sha256()
@@ -628,9 +637,11 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
                     bar.update(more["stories"])
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
-                raise UserError(f"no story for the {split} split: {meta['dataset']} is empty, or "
-                                "too small for this --val_fraction: change it, or name "
-                                "another --val_dataset")
+                other = meta["settings"]["val_dataset"] if split == "val" else None
+                reason = f"{other} is empty" if other else (
+                    f"{meta['dataset']} is empty, or too small for this --val_fraction: change it")
+                raise UserError(f"no story for the {split} split: {reason}, or name another "
+                                "--val_dataset")
             meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
         meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
@@ -645,11 +656,12 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: prepare it: {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])
+        if (meta["tokenizer"], meta["vocab_size"]) != ("gpt2", END_OF_TEXT + 1):
+            raise ValueError
         for split in ("train", "val"):
             entry, file = meta["splits"][split], path.with_name(f"{split}.bin")
-            kinds = {type(entry[name]) for name in ("stories", "tokens", "bytes")}
-            if facts != ("gpt2", END_OF_TEXT + 1, str) or kinds != {int}:
+            types = {type(entry[name]) for name in ("stories", "tokens", "bytes")}
+            if types != {int} or type(meta["dataset"]) is not str:
                 raise ValueError
             if sha256_of(file) != entry["sha256"]:
                 raise UserError(f"{file} disagrees with meta.json; {again}")

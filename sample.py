@@ -46,12 +46,12 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "max_new_tokens", int, 200, "longest continuation, in tokens", at_least=0)
     add_flag(parser, "temperature", float, 0.8, "0 takes the likeliest token, 1 draws as the model "
              "predicts", at_least=0)
-    add_flag(parser, "top_k", int, 50, "draw among so many likeliest tokens; 0 = all", at_least=0)
-    add_flag(parser, "seed", int, None, "the same seed gives the same stories; a random one, told "
-             "on stderr, if not given", at_least=0, at_most=2**63 - 1)
+    add_flag(parser, "top_k", int, 50, "draw among this many likeliest tokens; 0 = all", at_least=0)
+    add_flag(parser, "seed", int, None, "the same seed gives the same stories (default: a random "
+             "one, told on stderr)", at_least=0, at_most=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", one_of=DTYPES)
     add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
-             "be new, and exit; a story is told if not given")
+             "be new, and exit (default: a story is told)")
     return parser.parse_args(argv)
 
 
@@ -59,16 +59,16 @@ def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
     """Prints the prompt and its continuation: one story as it comes, several once all are whole."""
     ids, count = prompt_ids(prompt, model), args.num_samples
     generator = torch.Generator(ids.device).manual_seed(seed)
-    steps = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
+    drawn = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
                          args.top_k, generator, END_OF_TEXT)
     if count == 1:
-        tokens = (step.item() for step in steps)
+        tokens = (token.item() for token in drawn)
         print(prompt, end="", flush=True)
         for text in gpt.stream_text(tokens, token_bytes(), END_OF_TEXT):
             print(text, end="", flush=True)
         print()
         return
-    rows = torch.stack([*steps], dim=1).tolist() if args.max_new_tokens else [[]] * count
+    rows = torch.stack(list(drawn), dim=1).tolist() if args.max_new_tokens else [[]] * count
     ends = ["".join(gpt.stream_text(iter(row), token_bytes(), END_OF_TEXT)) for row in rows]
     print("\n---\n".join(prompt + end for end in ends))
 
@@ -79,8 +79,8 @@ def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
 def add_model_flags(parser: Parser) -> None:
     add_flag(parser, "prompt", str, "Once upon a time", "how it begins; - reads stdin", form=TEXT)
     add_flag(parser, "checkpoint", str, None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or "
-             "name; the newest out/*/model.pt if not given")
-    add_flag(parser, "device", str, "auto", DEVICE, form=DEVICE)
+             "name; default: the newest out/*/model.pt")
+    add_flag(parser, "device", str, "auto", f"where to run: {DEVICE}", form=DEVICE)
 
 
 def read_prompt(text: str) -> str:
@@ -109,14 +109,14 @@ def read_model(checkpoint: str | None) -> tuple[gpt.GPT, str]:
 
 
 def newest_checkpoint() -> str:
-    """The model.pt of the run under out/ that wrote one last. UserError if there is none."""
-    models = sorted(Path("out").glob("*/model.pt"), key=os.path.getmtime)
-    if models:
-        return str(models[-1])
+    """The model.pt under out/ that was written last. UserError if there is none."""
+    model = max(Path("out").glob("*/model.pt"), key=os.path.getmtime, default=None)
+    if model:
+        return str(model)
     way = "train one (python train.py --preset demo), or name one with --checkpoint"
-    runs = sorted(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime)
-    if runs:  # none of them has come to its first evaluation
-        path, folder = shlex.quote(str(runs[-1])), shlex.quote(str(runs[-1].parent))
+    run = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
+    if run:  # none has come to its first evaluation
+        path, folder = shlex.quote(str(run)), shlex.quote(str(run.parent))
         way = (f"sample what is there (--checkpoint {path}), or go on with it (python train.py "
                f"--resume --out_dir {folder})")
     raise UserError(f"there is no out/*/model.pt yet: {way}")
@@ -124,7 +124,8 @@ def newest_checkpoint() -> str:
 
 def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
     """The token ids that the model reads, (T,), on its device: no more than its context holds."""
-    ids, size = encode_text(prompt).tolist() or [END_OF_TEXT], model.config.block_size
+    ids = encode_text(prompt).tolist() or [END_OF_TEXT]
+    size = model.config.block_size
     if len(ids) > size:
         notice(f"warning: the prompt is {len(ids)} tokens: the model reads only the last {size}")
     return torch.tensor(ids[-size:], device=model.transformer.wte.weight.device)
@@ -148,15 +149,16 @@ def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
             partial = Path(parent, target.name)
+            card = partial / "README.md"
             theirs.save_pretrained(partial)
             for source, name in zip(files, ("merges.txt", "vocab.json"), strict=True):
                 shutil.copyfile(source, partial / name)
             limits = dict(model_max_length=size, pad_token=SEPARATOR)
             AutoTokenizer.from_pretrained(partial, **limits).save_pretrained(partial)
-            Path(partial, "README.md").write_text(model_card(model, checkpoint), encoding="utf-8")
+            card.write_text(model_card(model, checkpoint), encoding="utf-8")
             for file in partial.iterdir():
                 with contextlib.suppress(OSError):  # some file systems have no modes
-                    shutil.copymode(partial / "README.md", file)  # that of safetensors is private
+                    shutil.copymode(card, file)  # that of safetensors is private
                 flush_to_disk(file)
             os.replace(partial, target)
     except Exception as problem:  # a full disk is an error of its own kind to safetensors
@@ -171,12 +173,12 @@ CARD = """---
 # GPT, {parameters:.1f} M parameters
 
 GPT-2's architecture and tokenizer: {config.n_layer} layers, {config.n_head} heads, width
-{config.n_embd}, {config.gelu} GELU. A text has at most {config.block_size} tokens, with its prompt:
+{config.n_embd}, {config.gelu} GELU. A text has at most {config.block_size} tokens, prompt included:
 `transformers.pipeline("text-generation", model="FOLDER")("Once upon a time")`.
 
 """
 NOT_IN_CARD = ("data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size",
-               "checkpoint_minutes", "dataset")  # settings of the place a run was in
+               "checkpoint_minutes", "dataset", "init_from")  # of the place a run was in
 
 
 def model_card(model: gpt.GPT, checkpoint: str) -> str:
@@ -186,20 +188,25 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
     config, dataset, path = model.config, model.config.dataset, Path(checkpoint)
     ours = path.is_file()
     on_hub = ours and dataset != "toy" and not is_path(dataset)
+    base = config.init_from or "."
+    base_on_hub = ours and gpt.is_hub_name(base) and not is_path(base)
     head = ModelCardData(language="en", library_name="transformers", pipeline_tag="text-generation",
-                         tags=["gpt2", "tinystories"], datasets=[dataset] if on_hub else None)
+                         tags=["gpt2", "tinystories"], datasets=[dataset] if on_hub else None,
+                         base_model=base if base_on_hub else None)
     parameters = model.parameter_count() / 1e6
     card = CARD.format(head=head.to_yaml(), parameters=parameters, config=config)
     if not ours:
         return f"{card}Its weights are those of {checkpoint}.\n"
     facts = gpt.load_file(path)
-    log = facts.get("state", facts).get("log")  # a ckpt.pt keeps its evaluations in its state
-    scored = log[-1] if log else facts
+    state = facts.get("state", facts)  # a ckpt.pt keeps its evaluations in its state
+    scored = state["log"][-1] if state.get("log") else state
     if "val_loss" in scored:
         card += (f"Trained on {Path(dataset).name}. On evenly spaced windows of each split, at "
                  f"iteration {scored['iteration']:,} ({scored['tokens']:,} tokens): training loss "
                  f"{scored['train_loss']:.4f} and validation loss {scored['val_loss']:.4f} nats "
                  f"per token, {scored['val_bits_per_byte']:.4f} bits per byte.\n\n")
+        if state["iteration"] > scored["iteration"]:
+            card += f"The weights are those of iteration {state['iteration']:,}.\n\n"
     card += "The settings of its run:\n\n| | |\n| --- | --- |\n"
     for name, value in dataclasses.asdict(config).items():
         if name not in NOT_IN_CARD:

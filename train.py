@@ -9,8 +9,8 @@
 gradient_accumulation_steps iterations; micro-batches cut a step to fit the device.
 
 Every random choice is a function of the seed and the place in the run, and files appear whole or
-not at all: a run resumed from ckpt.pt goes on as if it had never stopped, on one device or many.
-The sections below are in the order of a run.
+not at all: a run resumed from ckpt.pt goes on as if it had never stopped. Any number of devices
+sees the same sequences. The sections below are in the order of a run.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import (
+from config import (  # first: it sets what torch reads when it is imported
     Config,
     Parser,
     UserError,
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         run.say(f"the run in {run.out_dir} is finished, at iteration {run.state.iteration:,}; "
                 f"to score it again: python train.py --eval_only {flag}")
         return
-    compile_model(run)
+    compile_model(run)  # before the folder is taken: if it fails, nothing old has been touched
     take_folder(run, mode == "overwrite", checkpoint)
     describe(run)
     with run.stop:
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
                 save_checkpoint(run)
                 run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
                         f"python train.py --resume {flag}")
-            sys.exit(128 + stopped.args[0])
+            sys.exit(128 + stopped.args[0])  # as a shell reports a signal
 
 
 # ---------------------------------------------- The command line, and what has been there before
@@ -107,13 +107,13 @@ def parse_command_line(argv: list[str]) -> tuple[dict, str]:
         "resume": "go on from out_dir/ckpt.pt (or start, if there is none)",
         "overwrite": "start again in an out_dir that holds a run, whose files are replaced",
         "eval_only": "score out_dir/model.pt, or init_from, on the whole validation split, or on "
-                     "all stories of the text that --dataset names",
+                     "all stories of the file or folder that --dataset names",
     }.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=help)
     add_config_flags(parser, argv)
     overrides = vars(parser.parse_args(argv))
     mode = overrides.pop("mode") or ""
-    if {"max_iters", "max_epochs"} <= overrides.keys():
+    if "max_iters" in overrides and "max_epochs" in overrides:
         raise UserError("--max_iters and --max_epochs both say how long to train: choose one")
     return overrides, mode
 
@@ -122,24 +122,29 @@ def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | Non
     """What to train, and the checkpoint to go on from or the model to start from, if any."""
     path = folder_of(overrides) / "ckpt.pt"
     if mode == "resume" and path.exists():
-        saved_at = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
-        checkpoint = gpt.load_file(path) | {"saved_at": saved_at}
+        modified = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
+        checkpoint = gpt.load_file(path) | {"modified": modified}
         return resumed_config(overrides, checkpoint, path), checkpoint, None
-    for there in (path, path.with_name("model.pt"), path.with_name("log.csv")):
-        if there.exists() and not mode:
+    for file in (path, path.with_name("model.pt"), path.with_name("log.csv")):
+        if file.exists() and not mode:
             go_on = "--resume to go on with it, " if path.exists() else ""
-            raise UserError(f"{there} is there already: add {go_on}--overwrite to drop it, or name "
+            raise UserError(f"{file} is there already: add {go_on}--overwrite to drop it, or name "
                             "another --out_dir")
+    defaults = Config.from_preset(overrides.get("preset"))
+    init_from = overrides.get("init_from", defaults.init_from)
+    source = load_source(init_from) if init_from else None
+    taken = architecture(source.config, overrides) if source else {}
+    config = Config.from_preset(**overrides | taken)
     if mode == "resume":
+        # A kill may come between the first model.pt and ckpt.pt; a later model has had a ckpt.pt.
+        model = path.with_name("model.pt")
+        if model.exists() and gpt.load_file(model).get("iteration", 0) > config.eval_interval:
+            raise UserError(f"there is no {path} to go on from, but a trained {model}: name "
+                            "another --out_dir, or drop it by --overwrite instead of --resume")
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
         notice(f"there is no {path} yet: starting from the beginning"
                + (f" (runs to resume: {others})" if others else ""))
-    preset = Config.from_preset(overrides.get("preset"))
-    init_from = overrides.get("init_from", preset.init_from)
-    if not init_from:
-        return Config.from_preset(**overrides), None, None
-    source = load_source(init_from)
-    return Config.from_preset(**overrides | architecture(source.config, overrides)), None, source
+    return config, None, source
 
 
 def folder_of(overrides: dict) -> Path:
@@ -190,9 +195,9 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
           source: gpt.GPT | None = None) -> "Run":
     """The run, fresh, with the weights of `source`, or as its checkpoint left it.
 
-    Refuses what cannot be before anything is made or lost.
+    Refuses the impossible before anything is made or lost.
     """
-    ranks = Ranks(device_for(config))
+    ranks = Ranks(prepare_device(config))
     for path in (Path(config.out_dir), *Path(config.out_dir).parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{config.out_dir} cannot be a folder: {path} is a file")
@@ -211,12 +216,13 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     if config.max_epochs is not None:
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        dataclasses.replace(config, max_iters=length, max_epochs=None)  # UserError if it cannot be
-        config = dataclasses.replace(config, max_iters=length)
+        # Config checks its schedule only where max_epochs is None.
+        checked = dataclasses.replace(config, max_iters=length, max_epochs=None)
+        config = dataclasses.replace(checked, max_epochs=config.max_epochs)
     run = Run(config, meta, ranks, source)
     if checkpoint:
         restore(run, checkpoint)
-    # As whole numbers, the bits of the weights add up to the same in any order.
+    # Summed as whole numbers, the bits of the weights are the same in any order.
     weights = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()
     facts = (run.state.iteration, hashes(meta), config.seed, config.max_iters, weights)
     if any(other != facts for other in ranks.gather(facts)):
@@ -225,18 +231,27 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
     return run
 
 
-def device_for(config: Config) -> torch.device:
-    """The device of a run. UserError if the config asks for what is not to be had here."""
+def prepare_device(config: Config) -> torch.device:
+    """The device of a run; what it allocates and compiles with is set up. UserError if the config
+    asks for what is not there.
+    """
     if config.vocab_size != data.END_OF_TEXT + 1:
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
     device = gpt.pick_device(config.device)
     gpt.pick_dtype(config.dtype, device)
     # glibc would give large blocks back to the system, and every micro-batch would pay for fresh
     # pages: a fifth of the time on a CPU, half where they are scarce. So it keeps what is freed.
-    if (device.type, sys.platform) == ("cpu", "linux") and hasattr(ctypes.CDLL(None), "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if device.type == "cpu" and hasattr(libc, "mallopt"):  # musl has none
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # torch.compile, which every optimizer imports, makes the folder of its cache.
+    try:
+        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
+    except OSError as problem:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        notice(f"TORCHINDUCTOR_CACHE_DIR cannot be made ({problem.strerror}): the usual one serves")
     return device
 
 
@@ -256,20 +271,20 @@ def open_data(config: Config, overrides: dict) -> dict:
 
 
 def compile_model(run: "Run") -> None:
-    """torch.compile, tried on one micro-batch. Where it fails on any rank, auto goes on without."""
+    """torch.compile, tried on one micro-batch. If it fails on any rank: UserError, or with auto the
+    run goes on without.
+    """
     config, problem = run.config, ""
     if config.compile == "false":
         return
-    # A micro-batch as `Run.step` has it; a rank may have none.
-    step = np.arange(config.batch_size * config.gradient_accumulation_steps)
-    rows = len(run.ranks.share(step)[: config.micro_batch_size]) or 1
+    # A micro-batch as `Run.step` has it; one row for a rank that gets none.
+    sequences = np.arange(config.batch_size * config.gradient_accumulation_steps)
+    rows = len(run.ranks.share(sequences)[: config.micro_batch_size]) or 1
     ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
-    run.compiled = True
+    run.compiled = ids.shape
     try:
-        if run.no_cache:
-            raise run.no_cache
         for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
-            if os.environ.get(name) == "1":  # torch.compile would do nothing, in silence
+            if os.environ.get(name) == "1":  # torch.compile would silently do nothing
                 raise RuntimeError(f"{name} is set")
         run.model.compile_parts()
         with run.arithmetic():
@@ -277,27 +292,16 @@ def compile_model(run: "Run") -> None:
         run.scaler.scale(loss).backward()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: the compiler, its headers, its cache, the GPU
+    except Exception as error:  # anything: the compiler, its headers, its cache, the GPU
         problem = f"{type(error).__name__}: {one_line(error)}"[:150]
     problems = [text for text in run.ranks.gather(problem) if text]
-    run.compiled = not problems
+    if problems:
+        run.compiled = None
     if problems and config.compile == "true":
         raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
                         "auto")
     if problems:
         run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
-
-
-def try_compile_cache() -> OSError | None:
-    """What is wrong with the folder that TORCHINDUCTOR_CACHE_DIR names, if it cannot be made. Any
-    optimizer would end in that error, since it imports torch.compile: the usual folder serves then.
-    """
-    try:
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
-    except OSError as problem:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        return problem
-    return None
 
 
 def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> None:
@@ -311,7 +315,7 @@ def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> N
     if lock_folder(run.out_dir) is None:
         raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
     path = run.out_dir / "ckpt.pt"
-    if checkpoint and checkpoint["saved_at"] != path.stat().st_mtime_ns:
+    if checkpoint and checkpoint["modified"] != path.stat().st_mtime_ns:
         raise UserError(f"the run in {run.out_dir} was still saving: type the same command again")
     if not replaces:
         write_record(run)
@@ -338,12 +342,12 @@ def describe(run: "Run") -> None:
 
 
 def differences(config: Config) -> dict:
-    """The settings that are not the preset's (the reference's, if it is gone), places aside."""
+    """The settings that are not the preset's (the reference's, if it is gone), paths left out."""
     preset = Config()
     with contextlib.suppress(UserError):  # it may be gone, or broken since
         preset = Config.from_preset(config.preset)
     usual = dataclasses.asdict(preset)
-    if preset.max_epochs is not None:  # max_iters follows from it
+    if preset.max_epochs is not None:  # max_iters follows from it: a typed one differs
         usual["max_iters"] = None
     aside = ["preset", "dataset", "data_dir", "out_dir", "plot_dir"]
     aside.append("max_epochs" if config.max_epochs is None else "max_iters")  # one says it
@@ -380,7 +384,7 @@ class Ranks:
             if device.type == "cuda":
                 self.device = gpt.pick_device(f"cuda:{local}")
                 torch.cuda.set_device(self.device)
-            # Gloo carries what the hosts tell each other; gradients on GPUs go through NCCL.
+            # On GPUs the gradients go through NCCL; what the processes tell each other, Gloo.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
         except (RuntimeError, ValueError) as problem:
@@ -389,8 +393,7 @@ class Ranks:
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """This rank's part of the items, as even as can be; some get none if they are few."""
-        begin, end = len(items) * self.rank, len(items) * (self.rank + 1)
-        return items[begin // self.size : end // self.size]
+        return np.array_split(items, self.size)[self.rank]
 
     def together(self, collective: Callable[..., Any], *args: Any) -> None:
         """Calls it once all ranks have come here. UserError if one of them has gone."""
@@ -450,7 +453,8 @@ class StopSignal:
     def catch(self, number: int, frame: Any) -> None:
         # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun; a closed
         # terminal may send two hang-ups, the shell's and its own.
-        echo_seconds = 2 if self.ranks.size > 1 or number == self.caught == HANGUP else 0
+        echo = self.ranks.size > 1 or number == self.caught == HANGUP
+        echo_seconds = 2 if echo else 0
         if not self.caught:
             self.caught, self.at = number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may have gone
@@ -469,11 +473,11 @@ class StopSignal:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter, 2019); and Muon (Jordan et al., 2024) in groups with a
-    `momentum`, whose matrices all have one shape: they step along their gradients' momentum, made
-    orthogonal, so that every direction of a matrix moves alike. `dtype` is that of its products.
+    """AdamW (Loshchilov and Hutter, 2019); in groups with a `momentum`, Muon (Jordan et al., 2024).
 
-    A step with `found_inf` 1 (as fused optimizers have it) changes no weight and no memory.
+    Muon moves a matrix along the momentum of its gradient, made orthogonal, so that all directions
+    of the matrix move alike. The matrices of such a group have one shape; `dtype` is that of the
+    products. A step with `found_inf` 1 (as fused optimizers have it) changes nothing.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **options: Any):
@@ -488,11 +492,13 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def step_matrices(self, group: dict) -> None:
-        finite, directions = 1 - self.found_inf, []
+        finite = 1 - self.found_inf  # 0 where the step is to change nothing
+        directions = []
         for p in group["params"]:
-            if not self.state[p]:  # AdamW's loading of a checkpoint wants a step in every state
+            if not self.state[p]:  # AdamW's load_state_dict expects a step in every state
                 self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
-            memory, gradient = self.state[p]["momentum"], p.grad.nan_to_num_(0, 0, 0)
+            memory = self.state[p]["momentum"]
+            gradient = p.grad.nan_to_num_(0, 0, 0)  # NaN x 0 would still be NaN
             memory.lerp_(gradient, (1 - group["momentum"]) * finite)
             directions.append(gradient.lerp_(memory, group["momentum"]))  # Nesterov's
         # All matrices in one product; queries, keys and values are three matrices in one.
@@ -533,9 +539,12 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
             group |= dict(lr_mult=config.embedding_lr_mult)
         shape = None
         if config.matrix_optimizer == "muon" and ".h." in name and p.dim() == 2:
-            shape = p.shape
+            shape = p.shape  # Muon's groups hold matrices of one shape
             group |= dict(momentum=config.momentum, parts=3 if "c_attn" in name else 1)
-        groups.setdefault((shape, *group.values()), group | dict(params=[]))["params"].append(p)
+        key = (shape, *group.values())
+        if key not in groups:
+            groups[key] = group | dict(params=[])
+        groups[key]["params"].append(p)
     return Muon(list(groups.values()), dtype, lr=config.learning_rate,
                 betas=(config.beta1, config.beta2), eps=config.eps)
 
@@ -547,7 +556,7 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
 class State:
     """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
 
-    Tensors stay on the device until somebody asks: to read them stalls a GPU.
+    Tensors stay on the device until they are shown: to read one, the CPU waits for the GPU.
     """
 
     iteration: int = 0
@@ -563,7 +572,7 @@ class State:
 
 
 def step_end(config: Config, iteration: int) -> int:
-    """The iteration at which the step that holds `iteration` is done."""
+    """The iteration at which the step that holds `iteration` ends."""
     size = config.gradient_accumulation_steps
     return min((iteration // size + 1) * size, config.max_iters)
 
@@ -606,28 +615,29 @@ def learning_rate_at(config: Config, iteration: int) -> float:
     if iteration >= config.decay_iters:
         return config.min_lr
     progress = (iteration - config.warmup) / (config.decay_iters - config.warmup)
-    left = 1 - progress
     if config.lr_schedule == "cosine":
-        left = (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.learning_rate - config.min_lr) * left
+        share = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
+    else:
+        share = 1 - progress
+    return config.min_lr + (config.learning_rate - config.min_lr) * share
 
 
 CROPS, DROPOUT, WEIGHTS = range(3)  # what a random number is for: the first number of its place
 
 
-def random_state(seed: int, *place: int) -> np.random.SeedSequence:
+def seed_sequence(seed: int, *place: int) -> np.random.SeedSequence:
     """Randomness for one place in the run; neither seeds nor places overlap."""
     return np.random.SeedSequence(seed, spawn_key=place)
 
 
 def seed_torch(seed: int, *place: int) -> None:
-    torch.manual_seed(int(random_state(seed, *place).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(seed_sequence(seed, *place).generate_state(1, np.uint64)[0]))
 
 
 def crop_starts(config: Config, iteration: int, length: int) -> np.ndarray:
     """Where the iteration's sequences begin in a split of `length` tokens: (batch_size,)."""
     if config.crops == "random":
-        rng = np.random.default_rng(random_state(config.seed, CROPS, iteration))
+        rng = np.random.default_rng(seed_sequence(config.seed, CROPS, iteration))
         return rng.integers(0, length - config.block_size, size=config.batch_size)
     # Shuffled: the windows of an epoch one after the other, then those of the next.
     count = max((length - config.block_size) // config.block_size, 1)
@@ -641,7 +651,7 @@ def crop_starts(config: Config, iteration: int, length: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def epoch_starts(seed: int, epoch: int, count: int, length: int, block_size: int) -> np.ndarray:
     """An epoch's `count` windows, side by side from an offset drawn anew each time, shuffled."""
-    rng = np.random.default_rng(random_state(seed, CROPS, epoch))
+    rng = np.random.default_rng(seed_sequence(seed, CROPS, epoch))
     offset = rng.integers(0, min(block_size, length - block_size))
     return offset + block_size * rng.permutation(count)
 
@@ -658,8 +668,10 @@ def micro_batches(config: Config, starts: np.ndarray) -> list[np.ndarray]:
     return [starts[i : i + size] for i in range(0, len(starts), size)]
 
 
-def read_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device):
-    """The windows at `starts` and the same one token on: ids (B, block_size), twice, on the device.
+def read_batch(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The windows at `starts`, and the same one token later: ids (B, block_size) on the device.
 
     To a GPU the copy is asynchronous (from pinned memory), as is everything launched after it:
     while the device works on one micro-batch, this reads the next.
@@ -675,43 +687,19 @@ def read_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int, device: 
 # -------------------------------------------------------------------------------------- The loop
 
 
-def train(run: "Run") -> None:
-    """Steps until max_iters, with an evaluation and a checkpoint wherever one is due.
-
-    Raises Stopped, at a whole step, once a signal has come to any rank.
-    """
-    config, state, points = run.config, run.state, evaluation_points(run.config)
-    with contextlib.closing(Progress(run)) as progress:
-        while True:
-            # Once in a while: evaluate, and keep the best weights and what it takes to go on.
-            due = due_evaluation(points, state)
-            if due is not None:
-                row = evaluate(run, due, progress.tokens_per_second())
-                save_checkpoint(run, row)
-                progress.tell(row)
-            if state.iteration >= config.max_iters:
-                return
-            # One step of the optimizer.
-            run.step()
-            progress.show(evaluates=state.iteration in points)
-            # A checkpoint by the clock: also before an evaluation, which may take long.
-            minutes = (time.monotonic() - run.saved_at) / 60
-            if run.ranks.max(minutes) > config.checkpoint_minutes:
-                save_checkpoint(run)
-
-
 class Run:
     """A model in training: what a step needs."""
 
     def __init__(self, config: Config, meta: dict, ranks: Ranks, source: gpt.GPT | None = None):
-        """Weights are drawn, or those of `source`, with the positions that this context has."""
+        """First weights are drawn, or are those of `source`, its positions cut to block_size."""
         self.config, self.meta, self.ranks, self.device = config, meta, ranks, ranks.device
         self.is_main = ranks.rank == 0  # the one that writes and talks
         self.dtype = gpt.pick_dtype(config.dtype, self.device)
         self.out_dir, self.versions = Path(config.out_dir), versions_of(self.device)
         self.stop, self.state = StopSignal(ranks), State()
         self.begun = self.saved_at = time.monotonic()
-        self.compiled = self.undrawn = self.replaces = False
+        self.compiled: torch.Size | None = None  # the shape of the micro-batch that is compiled
+        self.undrawn = self.replaces = False
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
         model = gpt.GPT(config, data.token_bytes())
@@ -720,7 +708,6 @@ class Run:
             weights = source.state_dict() | {"transformer.wpe.weight": positions}
             gpt.load_weights(model, weights, "the model to start from")
         self.model = model.to(self.device)  # drawn on the CPU: the same on every device
-        self.no_cache = try_compile_cache()
         self.optimizer = make_optimizer(model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss = torch.zeros((), device=self.device)  # of the last step
@@ -730,6 +717,16 @@ class Run:
         if self.is_main:
             notice(line)
 
+    def fail(self, reason: str) -> NoReturn:
+        path = self.out_dir / "ckpt.pt"
+        last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
+        raise UserError(f"{reason}: try a lower learning_rate; {last}")
+
+    def check_gradients(self) -> None:
+        """UserError if no step gets through any more."""
+        if self.state.skipped_in_a_row >= MAX_SKIPPED:
+            self.fail(f"the gradient has not been finite for {MAX_SKIPPED} steps")
+
     @contextlib.contextmanager
     def arithmetic(self, compiled: bool = True) -> Iterator[None]:
         """The run's precision, and compiled code where that works and `compiled` is wanted."""
@@ -737,52 +734,6 @@ class Run:
         autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
         with autocast, torch.compiler.set_stance(stance):
             yield
-
-    def step(self) -> None:
-        """One optimizer step, over gradient_accumulation_steps iterations (the last over the rest).
-
-        Raises Stopped, with no weight changed, if a signal comes first.
-        """
-        config, begin, tokens = self.config, self.state.iteration, self.tokens["train"]
-        end = step_end(config, begin)
-        # Which sequences: a function of the seed and the iteration, the same on every rank.
-        starts = np.concatenate([crop_starts(config, i, len(tokens)) for i in range(begin, end)])
-        # Gradients of the micro-batches add up to that of the mean loss over all sequences.
-        self.optimizer.zero_grad()
-        self.loss = torch.zeros((), device=self.device)
-        for number, some in enumerate(micro_batches(config, self.ranks.share(starts))):
-            seed_torch(config.seed, DROPOUT, begin, number, self.ranks.rank)
-            x, y = read_batch(tokens, some, config.block_size, self.device)
-            with self.arithmetic():
-                share = len(some) / len(starts)
-                loss = self.model(x, y) * share
-            self.scaler.scale(loss).backward()
-            self.loss += loss.detach()
-            if self.stop.caught:  # leave early; the ranks agree on it in `check`
-                break
-        # A signal, to any rank: the last whole step stands.
-        self.stop.check()
-        # The ranks' gradients add up too; then the weights move.
-        self.ranks.all_reduce_gradients(self.model, self.loss)
-        self.update_weights(learning_rate_at(config, end - 1))
-        self.state.iteration = end
-
-    def update_weights(self, learning_rate: float) -> None:
-        """Clips the gradient, steps, clears it. A gradient that is not finite changes no weight."""
-        state, limit = self.state, self.config.grad_clip or math.inf
-        # Unscaled before it is measured: grad_clip means what it says, in float16 too.
-        self.scaler.unscale_(self.optimizer)
-        state.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
-        skip = (~state.grad_norm.isfinite()).float()  # 1 if it is not finite, else 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_mult"]
-        # Where found_inf is 1 the optimizer skips its step, on the device: no one waits for it.
-        self.optimizer.found_inf = skip
-        self.optimizer.step()
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        state.skipped_updates = state.skipped_updates + skip
-        state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skip
 
     @torch.no_grad()
     def mean_loss(self, tokens: np.ndarray, starts: np.ndarray, task: str = "") -> float:
@@ -794,12 +745,11 @@ class Run:
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # it has no other
         total = torch.zeros((), dtype=exact, device=self.device)
         size = min(self.config.block_size, len(tokens) - 1)
-        trained = (self.config.micro_batch_size, self.config.block_size)
         batches = micro_batches(self.config, self.ranks.share(starts))
         for some in new_bar(batches, desc=task, disable=not (task and self.is_main), leave=False):
             x, y = read_batch(tokens, some, size, self.device)
             # What has another shape than a training batch is not worth compiling for.
-            with self.arithmetic(compiled=x.shape == trained):
+            with self.arithmetic(compiled=x.shape == self.compiled):
                 total += self.model(x, y).to(exact) * len(some)
             if self.stop.caught:
                 break
@@ -808,15 +758,78 @@ class Run:
         self.ranks.together(dist.all_reduce, total)
         return total.item() / len(starts)
 
-    def check_gradients(self) -> None:
-        """UserError if no step gets through any more."""
-        if self.state.skipped_in_a_row >= MAX_SKIPPED:
-            self.fail(f"the gradient has not been finite for {MAX_SKIPPED} steps")
+    def step(self) -> None:
+        """One optimizer step, over gradient_accumulation_steps iterations (the last over the rest).
 
-    def fail(self, reason: str) -> NoReturn:
-        path = self.out_dir / "ckpt.pt"
-        last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
-        raise UserError(f"{reason}: try a lower learning_rate; {last}")
+        Raises Stopped, with no weight changed, if a signal comes first.
+        """
+        config, tokens = self.config, self.tokens["train"]
+        begin, end = self.state.iteration, step_end(self.config, self.state.iteration)
+        # Which sequences: a function of the seed and the iteration, the same on every rank.
+        starts = np.concatenate([crop_starts(config, i, len(tokens)) for i in range(begin, end)])
+        # Forward, loss, backward: gradients of the micro-batches add up to that of the mean loss.
+        self.optimizer.zero_grad()
+        self.loss = torch.zeros((), device=self.device)
+        for number, crops in enumerate(micro_batches(config, self.ranks.share(starts))):
+            seed_torch(config.seed, DROPOUT, begin, number, self.ranks.rank)
+            x, y = read_batch(tokens, crops, config.block_size, self.device)
+            with self.arithmetic():
+                loss = self.model(x, y)
+            loss = loss * (len(crops) / len(starts))  # its part of the mean over all sequences
+            self.scaler.scale(loss).backward()
+            self.loss += loss.detach()
+            if self.stop.caught:  # leave early; the ranks agree on it in `check`
+                break
+        # A signal, to any rank: nothing has been changed yet, the last whole step stands.
+        self.stop.check()
+        # The ranks' gradients add up too; then the weights move.
+        self.ranks.all_reduce_gradients(self.model, self.loss)
+        self.update_weights(learning_rate_at(config, end - 1))
+        self.state.iteration = end
+
+    def update_weights(self, learning_rate: float) -> None:
+        """Unscale, clip, set the rate, step. A gradient that is not finite changes no weight."""
+        state, limit = self.state, self.config.grad_clip or math.inf  # 0: no clipping
+        # Unscaled before it is measured: grad_clip means what it says, in float16 too.
+        self.scaler.unscale_(self.optimizer)
+        state.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_mult"]
+        # Where found_inf is 1 the optimizer skips its step, on the device: the CPU need not wait.
+        skip = (~state.grad_norm.isfinite()).float()  # 1 if it is not finite, else 0
+        self.optimizer.found_inf = skip
+        self.optimizer.step()
+        self.scaler.update()
+        state.skipped_updates = state.skipped_updates + skip
+        state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skip  # one more, or back to 0
+
+
+def train(run: Run) -> None:
+    """Steps until max_iters, with an evaluation and a checkpoint wherever one is due.
+
+    Raises Stopped, at a whole step, once a signal has come to any rank.
+    """
+    config, state, evaluations = run.config, run.state, evaluation_points(run.config)
+    with contextlib.closing(Progress(run)) as progress:
+        while True:
+            # Once in a while: evaluate, and keep the best weights and what it takes to go on.
+            due = due_evaluation(evaluations, state)
+            if due is not None:
+                row = evaluate(run, due, progress.tokens_per_second())
+                save_checkpoint(run, row)
+                progress.tell(row)
+            if state.iteration >= config.max_iters:
+                return
+            # One step of the optimizer.
+            run.step()
+            progress.show()
+            # Every tenth step, on all ranks alike: to read the count, the CPU waits for a GPU.
+            if state.iteration // config.gradient_accumulation_steps % MAX_SKIPPED == 0:
+                run.check_gradients()
+            # A checkpoint by the clock: also before an evaluation, which may take long.
+            minutes = (time.monotonic() - run.saved_at) / 60
+            if run.ranks.max(minutes) > config.checkpoint_minutes:
+                save_checkpoint(run)
 
 
 # -------------------------------------------------------------------- Evaluation and checkpoints
@@ -850,20 +863,22 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
     After an evaluation its `row` joins the log, and model.pt, if it is the best so far, and log.csv
     are written before ckpt.pt.
     """
-    state, path = run.state, run.out_dir / "ckpt.pt"
+    state, path, model = run.state, run.out_dir / "ckpt.pt", run.out_dir / "model.pt"
     state.seconds = time.monotonic() - run.begun
     if row:
         state.log.append(row)
     if run.is_main:
         parts = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
                      state=vars(state), data=hashes(run.meta))
-        if run.replaces:  # the run that was here goes once there is room for the new one
+        if run.replaces:  # the run that was here goes, once there is room for the new one
             trial = run.out_dir / ".ckpt.pt.partial"
             gpt.save_file(trial, run.config, run.model, **parts)
             for old in (path, path.with_name("log.csv"), trial):
                 old.unlink(missing_ok=True)
-        if row and row is state.best():
-            gpt.save_file(path.with_name("model.pt"), run.config, run.model, **row)
+            if not row:  # no model.pt takes the place of the old one yet
+                model.unlink(missing_ok=True)
+        if row and (row is state.best() or not model.exists()):  # it may not have come along
+            gpt.save_file(model, run.config, run.model, **row)
         try:
             if state.log:
                 write_log(path.with_name("log.csv"), state.log)
@@ -892,10 +907,13 @@ def restore(run: Run, checkpoint: dict) -> None:
         raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]}): "
                         "name another --out_dir") from None
     run.begun -= run.state.seconds
-    schedule = "warmup {0.warmup} and decay until iteration {0.decay_iters}"
-    then, now = schedule.format(old), schedule.format(run.config)
+    then, now = schedule_of(old), schedule_of(run.config)
     if then != now:
         run.say(f"warning: the learning rate's schedule changes: {now}, not {then}")
+
+
+def schedule_of(config: Config) -> str:
+    return f"warmup {config.warmup} and decay until iteration {config.decay_iters}"
 
 
 def hashes(meta: dict) -> dict[str, str]:
@@ -911,7 +929,8 @@ def write_log(path: Path, log: list[Row]) -> None:
 
 def versions_of(device: torch.device) -> dict:
     """What a run is made with."""
-    git, commit = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], None
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = None
     with contextlib.suppress(OSError):  # there is no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return dict(python=platform.python_version(), pytorch=torch.__version__,
@@ -936,20 +955,20 @@ def write_record(run: Run, final: Row | None = None) -> None:
 
 
 def new_bar(*args: Any, **options: Any) -> tqdm:
-    """A tqdm bar that writes a line now and then where it writes to a file."""
+    """A tqdm bar: redrawn twice a second on a terminal, every 30 s in a file."""
     return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
                 **options)
 
 
 class Progress:
-    """The bar, a line an evaluation, the plot; and how fast training is, evaluations left out."""
+    """The bar, a line per evaluation, the plot; and how fast the steps between evaluations are."""
 
     def __init__(self, run: Run):
-        self.run, self.first, self.events = run, True, None
+        self.run, self.events = run, None
         self.shown_at, self.drawn_at = 0.0, time.monotonic()
         self.bar = new_bar(
             total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
-            smoothing=0,  # the time left: as fast as on average, evaluations included
+            smoothing=0,  # the time left follows from the average speed, evaluations included
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
                        "{remaining} left{postfix}")
         if run.config.tensorboard and run.is_main:
@@ -958,6 +977,7 @@ class Progress:
         if run.is_main and not plot_path(run.config).exists():
             draw(run)  # empty as it is, it shows whether drawing works
         self.begin_lap()
+        self.start = self.lap
 
     def close(self) -> None:
         self.bar.close()
@@ -966,28 +986,27 @@ class Progress:
 
     def begin_lap(self) -> None:
         self.run.loss.item()  # wait for the device
-        self.lap_from, self.lap_at = self.run.state.iteration, time.monotonic()
+        self.lap = (self.run.state.iteration, time.monotonic())
 
     def tokens_per_second(self) -> float:
-        """How fast the steps since `begin_lap` were."""
+        """How fast the steps since `begin_lap` were; if there are none, those since the start."""
         self.run.loss.item()
-        iterations = self.run.state.iteration - self.lap_from
-        seconds = max(time.monotonic() - self.lap_at, 1e-3)  # some clocks tick seldom
+        begin, begun = self.start if self.lap[0] == self.run.state.iteration else self.lap
+        iterations = self.run.state.iteration - begin
+        seconds = max(time.monotonic() - begun, 1e-3)  # some clocks tick seldom
         return iterations * self.run.config.tokens_per_iteration / seconds
 
-    def show(self, evaluates: bool) -> None:
-        """After a step: the bar, and what stands behind it at most once a second."""
+    def show(self) -> None:
+        """After a step: the bar, and at most once a second the figures behind it."""
         run, state = self.run, self.run.state
         self.bar.update(state.iteration - self.bar.n)
-        if self.first and not evaluates:
+        if self.lap == self.start:
             self.begin_lap()  # the first step is no measure of the others
         elif time.monotonic() - self.shown_at > 1:
-            run.check_gradients()
             rate = learning_rate_at(run.config, state.iteration - 1)
             self.bar.set_postfix_str(f"loss {run.loss.item():.3f}, lr {rate:.2e}, "
                                      f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
             self.shown_at = time.monotonic()
-        self.first = False
 
     def tell(self, row: Row) -> None:
         """An evaluation: a line, events for TensorBoard, and the plot at most every 10 s."""
@@ -1060,16 +1079,15 @@ def finish(run: Run) -> None:
 
 
 def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.maxsize) -> dict:
-    """The loss over a text, every token but the very first predicted once; or over about `most`
-    tokens of it, in evenly spaced windows.
+    """The loss over a text, every token but the first predicted once; with `most`, over about that
+    many tokens of it, in evenly spaced windows.
 
     The text comes in batches: ids, and how many `tokens` and UTF-8 `bytes` these are.
     """
     size, counts = run.config.block_size, Counter()
     total, scored, rest = 0.0, 0, np.array([], dtype=np.uint16)
     for ids, these in text:
-        for name in ("tokens", "bytes"):
-            counts[name] += these[name]
+        counts.update(tokens=these["tokens"], bytes=these["bytes"])
         tokens = np.concatenate([rest, ids]) if len(rest) else ids
         starts = np.arange(0, len(tokens) - size, size)  # side by side
         rest = tokens[len(starts) * size :]
@@ -1088,11 +1106,11 @@ def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.max
     return measures(total / scored, scored, counts)
 
 
-def measures(loss: float, scored: int, text: dict) -> dict:
+def measures(loss: float, scored: int, counts: dict) -> dict:
     """What run.json says of a loss over so many tokens of a text."""
     perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
-    return dict(val_loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte(loss, text),
-                tokens_scored=scored, tokens=text["tokens"])
+    return dict(val_loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte(loss, counts),
+                tokens_scored=scored, tokens=counts["tokens"])
 
 
 def in_words(final: dict) -> str:
@@ -1104,9 +1122,9 @@ def in_words(final: dict) -> str:
 
 
 def tell_story(run: Run) -> None:
-    """A short story on stdout, by sample.py's defaults."""
+    """A short story on stdout, with the temperature and top_k that sample.py has by default."""
     prompt, end = "Once upon a time", data.END_OF_TEXT
-    ids = torch.tensor(data.encode_text(prompt).astype(np.int64), device=run.device)[None]
+    ids = torch.tensor(data.encode_text(prompt).tolist(), device=run.device)[None]
     torch.manual_seed(run.config.seed)
     with torch.compiler.set_stance("force_eager"):  # every token of a story has its own shape
         rows = gpt.generate(run.model.eval(), ids, 150, 0.8, top_k=50, end_of_text=end)
@@ -1129,7 +1147,7 @@ def score_only(overrides: dict) -> None:
         fresh["data_dir"] = None  # its own folder
     changes = fresh | overrides | architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
-    ranks, text = Ranks(device_for(config)), overrides.get("dataset")
+    ranks, text = Ranks(prepare_device(config)), overrides.get("dataset")
     if text and data.is_path(text) and "data_dir" not in overrides:
         run = Run(config, {"splits": {}}, ranks, source)
         final = score(run, data.stream_ids(text))

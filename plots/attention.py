@@ -1,8 +1,8 @@
 """Shows what a model's attention heads look at: `python -m plots.attention --data_dir data/toy`.
 
 A picture of every head's attention over a prompt, or of one head's, beside the tokens that the
-model expects next; and a table of where each head looks and what it is worth, which says below
-it what its columns are. A text's first token can only look at itself: its row counts nowhere.
+model expects next; and a table of where each head looks and what it is worth. A legend below it
+explains the columns. A text's first token can only look at itself: its row counts nowhere.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", at_least=0)
     add_flag(parser, "out", str, str(Path(__file__).with_suffix(".png")), "the PNG to write")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
-             "split, and has what each head is worth; about the prompt if not given")
+             "split, and has what each head is worth (default: about the prompt)")
     args = parser.parse_args(argv)
     if (args.layer is None) != (args.head is None):
         raise UserError("--layer and --head go together: they name one head")
@@ -75,9 +75,9 @@ def validation_windows(data_dir: str, size: int) -> Tensor:
     tokens = open_split(data_dir, "val")
     if len(tokens) <= size:
         raise UserError(f"the val split in {data_dir} is {len(tokens)} tokens, the context {size}")
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, size + 1)  # all there are
-    starts = np.linspace(0, len(windows) - 1, min(WINDOWS, (len(tokens) - 1) // size))
-    return torch.from_numpy(windows[starts.astype(int)].astype("int64"))
+    starts = np.linspace(0, len(tokens) - size - 1, min(WINDOWS, (len(tokens) - 1) // size))
+    windows = np.stack([tokens[start : start + size + 1] for start in starts.astype(int)])
+    return torch.from_numpy(windows.astype("int64"))
 
 
 def streams(model: GPT, ids: Tensor) -> list[Tensor]:
@@ -104,7 +104,7 @@ def attention_maps(model: GPT, ids: Tensor) -> Tensor:
 
 
 def places(ids: Tensor) -> Table:
-    """Which keys (columns) are what to a query (row) of ids (T,); "back": how far they are."""
+    """Masks (T, T): which keys (columns) are what to a query (row); "back": how far they are."""
     key = torch.arange(len(ids), device=ids.device)
     query = key.unsqueeze(1)
     same = ids == ids.unsqueeze(1)
@@ -142,7 +142,7 @@ def head_name(table: Table, layer: int, head: int) -> str:
 
 
 def silenced(model: GPT, layer: int, head: int) -> Any:
-    """`with` it, one head's output is zeroed before the projection that mixes its block's heads."""
+    """A context in which one head's output is zero, before the projection that mixes the heads."""
     width = model.config.n_embd // model.config.n_head
 
     def zero(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from config import Parser, UserError, add_flag, atomic_write, cli, notice
 
 os.environ["MPLBACKEND"] = "agg"  # only files are drawn, whatever a notebook has set
 PUBLISHED = Path(__file__).with_name("published_reference.csv")
-ELSEWHERE = ("out_dir", "plot_dir", "checkpoint_minutes")  # settings that make no other run
+NOT_COMPARED = ("out_dir", "plot_dir", "checkpoint_minutes")  # settings that make no other run
 Log = list[dict[str, float]]  # the rows of a log.csv
 
 
@@ -26,34 +26,34 @@ class Run(NamedTuple):
     log: Log
     settings: dict[str, Any]
     own: list[str]  # settings that are not its preset's
-    final: str  # score
+    final: str  # its final score, as the table shows it
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Draws the losses of runs, and prints a table of them, the best first.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv, or LABEL=RUN")
-    add_flag(parser, "x", str, None, "what the losses are drawn over; tokens if not given",
+    add_flag(parser, "x", str, None, "what the losses are drawn over (default: tokens)",
              one_of=("tokens", "iteration", "seconds"))
     parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
     add_flag(parser, "level", float, None, "a loss at which to draw a line")
     add_flag(parser, "out", str, None, "the PNG; else plots/<run>.png, plots/runs.png for several")
     args = parser.parse_args(argv)
     runs = [read_run(text) for text in args.runs]
-    run, single = runs[0], len(runs) == 1
-    name = run.name.replace("/", "-") if single else "runs"
+    first, single = runs[0], len(runs) == 1
+    name = first.name.replace("/", "-") if single else "runs"
     out = Path(args.out or Path(__file__).with_name(f"{name}.png"))
-    if single and "learning_rate" in run.log[0] and args.level is None and not (args.x or args.log):
-        draw_run(out, run.name, run.log, published=run.settings.get("preset") == "reference")
+    plain = args.level is None and not args.x and not args.log and "learning_rate" in first.log[0]
+    if single and plain:  # as train.py draws it
+        draw_run(out, first.name, first.log, published=first.settings.get("preset") == "reference")
     else:
         draw_runs(out, runs, args.x or "tokens", "log" if args.log else "linear", args.level)
     notice(f"wrote {out}")
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: min(row["val_loss"] for row in run.log)):
         last, best = run.log[-1], min(run.log, key=lambda row: row["val_loss"])
         counts = [f"{last[x]:,.0f}" if x in last else "-" for x in ("tokens", "seconds")]
         losses = [f"{best[name]:.4f}" for name in ("train_loss", "val_loss")]
         rows.append([run.name, differences(run, runs) or "-", *counts, *losses, run.final])
-    rows.sort(key=lambda row: float(row[-2]))  # by validation loss
     print_table(["run", "differs in", "tokens", "seconds", "train loss", "val loss", "final score"],
                 rows)
 
@@ -72,7 +72,7 @@ def read_run(text: str) -> Run:
         settings, own, final = dict(facts["settings"]), list(facts["differs"]), facts["final"]
         if final:
             score = f"{final['val_loss']:.4f}"
-            if final["tokens_scored"] < final["tokens"]:
+            if final["tokens_scored"] < final["tokens"] - 1:  # nothing stands before the first
                 score += f" on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{record} is not a run.json of train.py") from None
@@ -90,7 +90,7 @@ def read_log(path: Path) -> Log:
                     rows[-1]["val_loss"] = math.inf
     except (ValueError, TypeError, KeyError, csv.Error):  # not UTF-8, numbers, or these columns
         rows = []
-    if not rows or not {"iteration", "train_loss", "val_loss"} <= rows[0].keys():
+    if not rows or not {"iteration", "train_loss"} <= rows[0].keys():
         raise UserError(f"{path} is not a log.csv of train.py")
     return rows
 
@@ -102,7 +102,7 @@ def differences(run: Run, runs: list[Run]) -> str:
     known = [other.settings for other in runs if other.settings]
     varied = []
     for name, value in run.settings.items():
-        if name not in ELSEWHERE and any(other.get(name) != value for other in known):
+        if name not in NOT_COMPARED and any(other.get(name) != value for other in known):
             varied.append(name)
     if "preset" in varied:
         varied = [name for name in varied if name == "preset" or name in run.own]
@@ -114,8 +114,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     columns = []
     for head, *cells in zip(header, *rows, strict=True):
         words = any(cell[:1].isalpha() for cell in cells)
-        width = max(map(len, [head, *cells]))
-        columns.append([f"{cell:{'<' if words else '>'}{width}}" for cell in [head, *cells]])
+        align, width = str.ljust if words else str.rjust, max(map(len, [head, *cells]))
+        columns.append([align(cell, width) for cell in [head, *cells]])
     for row in zip(*columns, strict=True):
         print("  ".join(row).rstrip())
 
@@ -131,7 +131,7 @@ def draw_run(path: Path, title: str, log: Log, planned: list[tuple[int, float]] 
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    if published and PUBLISHED.exists():
+    if published:
         rows = read_log(PUBLISHED)
         losses.plot([row["iteration"] for row in rows], [row["val_loss"] for row in rows],
                     color="0.7", linewidth=5, label="validation, published reference run")
@@ -173,7 +173,7 @@ def draw_runs(path: Path, runs: list[Run], x: str, scale: str, level: float | No
 
 
 def printable(text: str) -> str:
-    """Without what a file name may hold and no font can show."""
+    """The text with ? for what a file name may hold and no font can show."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -207,6 +207,9 @@ def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
     assert lines[1].split()[1:7] == ["learning_rate", "2", "3,000", "3", "2.0000", "2.0000"]
     assert lines[1].endswith("2.1250 on 1,000 of 5,000 tokens")
     assert lines[3].split()[1] == "-"  # nothing is known of its settings
+    record["final"]["tokens_scored"] = 4999  # all: nothing stands before the first token
+    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
+    assert loss_curve.read_run(str(tmp_path / "fast")).final == "2.1250"
     assert (tmp_path / "runs.png").read_bytes()[:4] == PNG
 
 
@@ -303,3 +306,13 @@ def test_a_law_without_a_limit_is_found_too():
     laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None])
     assert 0 <= laws[0, 0] < 0.05  # as near as the grid of c allows
     assert extrapolate.predict(laws, np.array([1e6])).item() == pytest.approx(2.5, abs=0.01)
+
+
+def test_a_picture_whose_name_is_a_folders_is_an_error_that_names_it(tmp_path):
+    run = make_run(tmp_path / "run", [4, 3])
+    (tmp_path / "pictures").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "plots.loss_curve", run, "--out", str(tmp_path / "pictures")],
+        cwd=Path(loss_curve.__file__).parents[1], capture_output=True, text=True,
+    )
+    assert done.returncode == 2 and f"{tmp_path / 'pictures'}\n" in done.stderr, done.stderr

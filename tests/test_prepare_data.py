@@ -428,6 +428,7 @@ def test_marks_of_joined_files_are_no_text(tmp_path):
         "b.jsonl": '\ufeff{"text": "One."}\n\ufeff{"text": "\ufeffTwo."}\n',
         "c.json": '\ufeff["One."]\ufeff["Two."]',
         "d.csv": "\ufeffid,text\r\n1,One.\r\n\ufeffid,text\r\n2,Two.\r\n",
+        "e.csv": "\ufefftext,id\r\nOne.,1\r\n\ufefftext,id\r\nTwo.,2\r\n",
     }
     for name, text in parts.items():
         path = tmp_path / name
@@ -500,6 +501,10 @@ def test_few_stories_of_which_none_is_drawn(tmp_path):
     assert "too small for this --val_fraction" in refusal(
         prepare_data.prepare, path, tmp_path / "out"
     )
+    (tmp_path / "nothing.txt").touch()
+    nothing = str(tmp_path / "nothing.txt")
+    line = refusal(prepare_data.prepare, path, tmp_path / "out", nothing)
+    assert f"{nothing} is empty, or name another --val_dataset" in line
     one = str(write_jsonl(tmp_path / "in.jsonl", ["", "Blanknone", None]))
     prepare_data.prepare(one, tmp_path / "out", val_fraction=0.5)  # no blank to cut at
     assert [stories_in(tmp_path / "out", split) for split in ("train", "val")] == [
@@ -615,6 +620,27 @@ def test_a_hub_name_takes_the_same_way(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_data, "ask_hub", lambda name: pytest.fail("done needs no network"))
     assert prepare_data.prepare("roneneldan/TinyStories", tmp_path / "out") == meta
     assert asked == ["roneneldan/TinyStories"] and meta["dataset"] == "roneneldan/TinyStories"
+
+
+def test_the_hubs_names_for_several_splits_of_a_kind(monkeypatch, capsys):
+    """A name there has no hyphen: a word of what it is for may follow a _."""
+    import datasets
+
+    def load(name, streaming):
+        return {name: datasets.Dataset.from_dict({"text": [name]}) for name in names}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(prepare_data, "ask_hub", lambda name: name)
+    for names in (["test_sft", "train_sft", "train_gen"],
+                  ["validation_matched", "validation_mismatched", "train"]):
+        found = prepare_data.find_splits("a/b", clean=False)
+        first = {split: next(iter(source.read()))[0] for split, source in found.items()}
+        wanted = {"train": "train_sft"} if "train_sft" in names else {
+            "train": "train", "val": "validation_matched"}
+        assert first == wanted
+    told = capsys.readouterr().err
+    for name in ("test_sft", "train_gen", "validation_mismatched"):
+        assert f"the split {name} is left out" in told
 
 
 def test_a_hub_row_without_text_is_named(hub, tmp_path):
@@ -906,7 +932,7 @@ WRONG = {  # content, and what the line says
     "story.docx": (b"text\na\n", "ends in .txt"),
     "story.gz": (gzip.compress(b"a"), "ends in .txt"),
     "single.txt": (b"Only one story.", "--val_fraction 0.1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -1017,7 +1043,7 @@ def test_a_hub_that_answers_nothing_is_one_line_too(monkeypatch):
     (404, "hf_good", "has no such dataset that anyone may read"),
     (429, None, "answers 429: too many requests"),
     (503, None, "answers 503: try again later"),
-])  # fmt: skip
+])
 def test_what_the_hub_answers_is_said(status, token, words, monkeypatch):
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -1094,6 +1120,26 @@ def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
     (inside / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         prepare_data.prepare(str(inside), tmp_path / "other")
+
+
+def test_what_is_not_read_of_a_folder_is_no_change_of_it(tmp_path, capsys):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    write_txt(inside / "train.txt", STORIES)
+    write_txt(inside / "valid.txt", VALID)
+    (inside / "notes.md").write_text("A first draft.")
+    (inside / "latest.png").symlink_to(tmp_path / "nowhere")
+    meta = prepare_data.prepare(str(inside), tmp_path / "out")
+    (inside / "notes.md").write_text("A second draft.")
+    assert prepare_data.prepare(str(inside), tmp_path / "out") == meta
+    assert "is done" in capsys.readouterr().err
+    write_txt(inside / "more.txt", VALID)
+    assert "input_sha256" in refusal(prepare_data.prepare, str(inside), tmp_path / "out")
+    for n in range(20):
+        write_txt(inside / f"more{n:02}.txt", VALID)
+    prepare_data.find_files(str(inside))
+    assert "train (22): more.txt, more00.txt" in (told := capsys.readouterr().err)
+    assert "more18.txt, ...\n" in told
 
 
 def test_a_split_is_told_whatever_the_case(tmp_path):

@@ -310,6 +310,23 @@ def test_the_model_card_has_recipe_data_and_losses(exported, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
 
 
+def test_the_model_card_of_a_checkpoint_tells_its_iteration_and_no_path(exported, tmp_path):
+    from huggingface_hub import ModelCard
+
+    row = dict(iteration=500, tokens=9, train_loss=2.25, val_loss=2.5, val_bits_per_byte=0.875)
+    for base, told in (("gpt2", "gpt2"), (f"{tmp_path}/mine.pt", None)):
+        settings = dataclasses.replace(TINY, init_from=base)
+        folder = tmp_path / base[:3].strip("/")
+        folder.mkdir()
+        state = dict(iteration=900, log=[row])
+        save_file(folder / "ckpt.pt", settings, GPT(settings), state=state)
+        sample.main(["--checkpoint", str(folder / "ckpt.pt"), "--save_hf", str(folder / "hf")])
+        card = ModelCard.load(folder / "hf" / "README.md")
+        assert card.data.base_model == told and "mine.pt" not in str(card)
+        assert "iteration 500 (9 tokens)" in str(card) and "those of iteration 900" in str(card)
+    assert "The weights" not in (exported / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refusal, tmp_path):
     (tmp_path / "file").write_text("mine")
     for there in (tmp_path, tmp_path / "file"):

@@ -46,6 +46,7 @@ def ours(batch_size: int, device: str, dtype: str, folder: str) -> Works:
     places = dict(data_dir=f"{folder}/data", out_dir=f"{folder}/out", plot_dir=folder)
     config = Config(batch_size=batch_size, device=device, dtype=dtype, **places)
     run = train.start(config, {})
+    train.compile_model(run)
     run.out_dir.mkdir()
     tokens, length = run.tokens["train"], len(run.tokens["train"])
     windows = train.even_starts(config, len(run.tokens["val"]))[:batch_size]
