@@ -431,7 +431,8 @@ def pick_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         there = f"PyTorch sees {torch.cuda.device_count()} CUDA devices"
-        raise UserError(f"device {name} is not there: {there}; use --device cpu or auto")
+        raise UserError(f"device {name} is not there: {there}; use --device cpu or auto, or start "
+                        "fewer processes")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there: use --device cpu or auto")
     return torch.device(name)

@@ -239,6 +239,8 @@ def prepare_device(config: Config) -> torch.device:
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
     device = gpt.pick_device(config.device)
     gpt.pick_dtype(config.dtype, device)
+    if device.type == "mps" and torch.__version__ < "2.13":  # its fused AdamW skips no step
+        raise UserError("training on mps needs PyTorch 2.13: pip install -U torch, or --device cpu")
     # glibc would give large blocks back to the system, and every micro-batch would pay for fresh
     # pages: a fifth of the time on a CPU, half where they are scarce. So it keeps what is freed.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -680,7 +682,7 @@ def read_batch(
     ids = torch.from_numpy(windows.astype(np.int64))
     if device.type == "cuda":
         ids = ids.pin_memory()
-    ids = ids.to(device, non_blocking=True)
+    ids = ids.to(device, non_blocking=device.type == "cuda")  # else it may be freed too early
     return ids[:, :-1], ids[:, 1:]
 
 

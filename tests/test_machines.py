@@ -544,6 +544,15 @@ def test_mps_takes_float32_and_is_not_picked_by_auto(monkeypatch):
     assert gpt.pick_device("mps") == mps and gpt.pick_device("auto").type != "mps"
 
 
+def test_training_on_mps_wants_a_pytorch_whose_adamw_can_skip_a_step(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    config = train.Config(device="mps")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+    assert "needs PyTorch 2.13" in refusal(train.prepare_device, config)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cpu"))
+    assert train.prepare_device(config).type == "mps"
+
+
 def test_config_is_imported_before_torch_and_sets_what_torch_reads_then():
     code = "import sys, config; assert 'torch' not in sys.modules; import os; " \
            "print(os.environ['GOMP_SPINCOUNT'])"
