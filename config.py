@@ -33,8 +33,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, group: str = "", **limits: Any) -> Any:
-    """A field of Config, a flag if it has a help text; `group` is the heading in --help from it on.
-    """
+    """A field of Config, a flag if it has a help text; `group` is --help's heading from it on."""
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=limits))
 
 

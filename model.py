@@ -267,6 +267,7 @@ SLICE = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 # kept 8 times as large (exactly: a power of two) and divided again in float32.
 FLOAT16_SCALE = 8.0
 
+
 def softmax_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
     """Turns logits (N, V) into `scale` x the gradient of their summed cross-entropy, in place:
     softmax(logits) - one_hot(targets), in float32 until it is rounded. Returns that sum.
@@ -325,8 +326,8 @@ def fused_linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     softmax_gradient: Callable = softmax_gradient,
 ) -> torch.Tensor:
-    """The mean cross-entropy, in nats, of the logits x @ weight.t(), of which those of
-    CHUNK tokens at most are held.
+    """The mean cross-entropy, in nats, of the logits x @ weight.t(), of which those of CHUNK
+    tokens at most are held.
 
     x (N, C), weight (V, C), targets (N,) of ids below V; a float32 scalar comes back. The
     products run in autocast's dtype where it is on, else in that of x. The gradient goes to
@@ -431,8 +432,8 @@ def pick_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         there = f"PyTorch sees {torch.cuda.device_count()} CUDA devices"
-        raise UserError(f"device {name} is not there: {there}; use --device cpu or auto, or start "
-                        "fewer processes")
+        raise UserError(f"device {name} is not there: {there}; use --device cpu or auto (under "
+                        "torchrun: fewer processes)")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there: use --device cpu or auto")
     return torch.device(name)

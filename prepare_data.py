@@ -637,9 +637,11 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
                     bar.update(more["stories"])
             notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
             if not counts["stories"]:
-                other = meta["settings"]["val_dataset"] if split == "val" else None
-                reason = f"{other} is empty" if other else (
-                    f"{meta['dataset']} is empty, or too small for this --val_fraction: change it")
+                val_dataset = meta["settings"]["val_dataset"]
+                reason = (f"{meta['dataset']} is empty, or too small for this --val_fraction: "
+                          "change it")
+                if split == "val" and val_dataset:
+                    reason = f"{val_dataset} is empty"
                 raise UserError(f"no story for the {split} split: {reason}, or name another "
                                 "--val_dataset")
             meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
@@ -656,12 +658,13 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: prepare it: {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if (meta["tokenizer"], meta["vocab_size"]) != ("gpt2", END_OF_TEXT + 1):
+        facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])
+        if facts != ("gpt2", END_OF_TEXT + 1, str):
             raise ValueError
         for split in ("train", "val"):
             entry, file = meta["splits"][split], path.with_name(f"{split}.bin")
             types = {type(entry[name]) for name in ("stories", "tokens", "bytes")}
-            if types != {int} or type(meta["dataset"]) is not str:
+            if types != {int}:
                 raise ValueError
             if sha256_of(file) != entry["sha256"]:
                 raise UserError(f"{file} disagrees with meta.json; {again}")

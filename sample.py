@@ -188,8 +188,8 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
     config, dataset, path = model.config, model.config.dataset, Path(checkpoint)
     ours = path.is_file()
     on_hub = ours and dataset != "toy" and not is_path(dataset)
-    base = config.init_from or "."
-    base_on_hub = ours and gpt.is_hub_name(base) and not is_path(base)
+    base = config.init_from
+    base_on_hub = ours and base and gpt.is_hub_name(base) and not is_path(base)
     head = ModelCardData(language="en", library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "tinystories"], datasets=[dataset] if on_hub else None,
                          base_model=base if base_on_hub else None)

@@ -297,12 +297,11 @@ def compile_model(run: "Run") -> None:
     except Exception as error:  # anything: the compiler, its headers, its cache, the GPU
         problem = f"{type(error).__name__}: {one_line(error)}"[:150]
     problems = [text for text in run.ranks.gather(problem) if text]
-    if problems:
-        run.compiled = None
     if problems and config.compile == "true":
         raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
                         "auto")
     if problems:
+        run.compiled = None
         run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
 
 
@@ -681,8 +680,9 @@ def read_batch(
     windows = tokens[starts[:, None] + np.arange(block_size + 1)]
     ids = torch.from_numpy(windows.astype(np.int64))
     if device.type == "cuda":
-        ids = ids.pin_memory()
-    ids = ids.to(device, non_blocking=device.type == "cuda")  # else it may be freed too early
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    else:  # memory that is not pinned may be freed before it is copied
+        ids = ids.to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
