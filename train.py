@@ -702,6 +702,7 @@ class Run:
         self.begun = self.saved_at = time.monotonic()
         self.compiled: torch.Size | None = None  # the shape of the micro-batch that is compiled
         self.undrawn = self.replaces = False
+        self.kept = math.inf  # the validation loss of this run's model.pt
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
         model = gpt.GPT(config, data.token_bytes())
@@ -879,8 +880,9 @@ def save_checkpoint(run: Run, row: Row | None = None) -> None:
                 old.unlink(missing_ok=True)
             if not row:  # no model.pt takes the place of the old one yet
                 model.unlink(missing_ok=True)
-        if row and (row is state.best() or not model.exists()):  # it may not have come along
+        if row and (row["val_loss"] < run.kept or not model.exists()):
             gpt.save_file(model, run.config, run.model, **row)
+            run.kept = row["val_loss"]
         try:
             if state.log:
                 write_log(path.with_name("log.csv"), state.log)
@@ -909,6 +911,12 @@ def restore(run: Run, checkpoint: dict) -> None:
         raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]}): "
                         "name another --out_dir") from None
     run.begun -= run.state.seconds
+    # A model.pt that did not come along, is damaged or another run's gives way to the next one.
+    if run.is_main:
+        with contextlib.suppress(UserError, OSError):
+            kept = gpt.load_file(path.with_name("model.pt")).get("val_loss")
+            if any(row["val_loss"] == kept for row in run.state.log):
+                run.kept = kept
     then, now = schedule_of(old), schedule_of(run.config)
     if then != now:
         run.say(f"warning: the learning rate's schedule changes: {now}, not {then}")

@@ -667,3 +667,28 @@ def test_gradients_are_looked_at_after_so_many_steps_whatever_the_clock(data, tm
     run.model.transformer.ln_f.register_forward_hook(poison)
     assert "not been finite for 10 steps" in refusal(train.train, run)
     assert run.state.iteration == 20
+
+
+@pytest.mark.parametrize("there", ["its own", "none", "damaged", "another run's"])
+def test_the_best_since_a_resume_is_kept_where_the_runs_own_model_is_not_there(
+    data, tmp_path, monkeypatch, there
+):
+    run_short(data, tmp_path)
+    again = shutil.copytree(tmp_path / "out", tmp_path / "again")  # "out" is still held
+    model = again / "model.pt"
+    if there == "none":
+        model.unlink()
+    elif there == "damaged":
+        model.write_bytes(model.read_bytes()[:1000])
+    elif there == "another run's":
+        content = gpt.load_file(model)
+        torch.save(content | dict(val_loss=1.0, iteration=99), model)
+    evaluate, losses = train.evaluate, {12: 60.0, 16: 40.0, 20: 50.0}  # all above those before
+
+    def worse(run, iteration, *args):
+        return evaluate(run, iteration, *args) | dict(val_loss=losses[iteration])
+
+    monkeypatch.setattr(train, "evaluate", worse)
+    run_short(data, tmp_path, "--resume", out_dir=again, max_iters=20)
+    kept = gpt.load_file(model)["iteration"]
+    assert kept == (8 if there == "its own" else 16)
