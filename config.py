@@ -1,10 +1,9 @@
-"""Every constant people tweak: the settings of a run, and the presets.
+"""The settings of a run, their presets, and what the command lines of the scripts share.
 
-Edit a value here and it holds from now on; type it as a flag (`python train.py --max_iters 500`)
-and it holds for one run. The fields of `Config` are the `reference` preset. Every other preset
-lists what it changes, and its own lines win: to tweak `tuned`, edit PRESETS["tuned"]. A run that
-is resumed keeps the settings it began with. After the constants comes what the command lines
-share: flags, errors, atomic writes.
+The fields of `Config` are the `reference` preset. Every other preset lists what it changes, and
+its own lines win: to tweak `tuned`, edit PRESETS["tuned"]. An edit of this file holds for every
+new run; a flag (`python train.py --max_iters 500`) holds for one run. A resumed run keeps the
+settings that it began with.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import errno
 import functools
 import io
 import math
-import operator
 import os
 import re
 import sys
@@ -29,11 +27,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: `cli` prints it as one line and exits with status 2."""
+    """A mistake that the user can mend. `cli` prints it as one line and exits with status 2."""
 
 
-def setting(default: Any, help: str, group: str = "", **limits: Any) -> Any:
-    """A field of Config, a flag if it has a help text; `group` is --help's heading from it on."""
+def setting(default: Any, help: str | None, group: str = "", **limits: Any) -> Any:
+    """A field of `Config`. Its value has to fit the `limits` low, high and choices of `checked`.
+
+    `help` is the text of its flag; a setting whose help is None has no flag. `group` begins a new
+    heading in --help, which holds for the fields below too.
+    """
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=limits))
 
 
@@ -44,81 +46,86 @@ class Config:
     preset: str = setting("reference", "the recipe to start from; other flags change it")
 
     # The model: GPT-2's architecture, 30 M parameters, two thirds of them token embeddings.
-    n_layer: int = setting(6, "Transformer blocks", "model", at_least=1)
-    n_head: int = setting(6, "attention heads in a block", at_least=1)
-    n_embd: int = setting(384, "width: features per token", at_least=1)
-    block_size: int = setting(128, "context: tokens the model sees at once", at_least=1)
-    vocab_size: int = setting(50257, "", at_least=1, at_most=65536)  # GPT-2's; not a flag
-    dropout: float = setting(0.1, "share of activations dropped", at_least=0, below=1)
+    n_layer: int = setting(6, "Transformer blocks", "model", low=1)
+    n_head: int = setting(6, "attention heads in each block", low=1)
+    n_embd: int = setting(384, "width: features of each token", low=1)
+    block_size: int = setting(128, "context: tokens that the model sees at once", low=1)
+    vocab_size: int = setting(50257, None, low=1, high=65536)  # GPT-2's
+    dropout: float = setting(0.1, "share of activations dropped in training", low=0, high=0.999)
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
-    gelu: str = setting("exact", "GELU, or GPT-2's approximation", one_of=("exact", "tanh"))
-    init: str = setting("gpt2", "first weights, see model.py", one_of=("gpt2", "fan_in"))
-    embedding_init: str = setting("random", "first token embeddings", one_of=("random", "subword"))
-    init_from: str | None = setting(None, "model.pt, ckpt.pt or Hugging Face GPT-2 to start from")
+    gelu: str = setting("exact", "exact GELU, or GPT-2's approximation", choices=("exact", "tanh"))
+    init: str = setting("gpt2", "rule for the first weights, see model.py",
+                        choices=("gpt2", "fan_in"))
+    embedding_init: str = setting("random", "rule for the first token embeddings",
+                                  choices=("random", "subword"))
+    init_from: str | None = setting(None, "model to start from: a model.pt, a ckpt.pt, or a "
+                                    "Hugging Face GPT-2")
 
     # The data.
-    dataset: str = setting("roneneldan/TinyStories", "a Hub name, toy, or a path", "data")
-    data_dir: str | None = setting(None, "folder of the prepared data; else data/<dataset>")
-    crops: str = setting("random", "where sequences begin: anywhere, or every window once before "
-                         "any twice", one_of=("random", "shuffled"))
+    dataset: str = setting("roneneldan/TinyStories", "name on the Hub, toy, or a path", "data")
+    data_dir: str | None = setting(None, "folder of the prepared data (default: data/<dataset>)")
+    crops: str = setting("random", "where sequences begin: anywhere, or shuffled (every window "
+                         "once before any window twice)", choices=("random", "shuffled"))
 
-    # The batch. An iteration is batch_size sequences, forward and backward (4,096 tokens); an
-    # optimizer step is over gradient_accumulation_steps iterations (131,072 tokens).
-    batch_size: int = setting(32, "sequences in an iteration", "batch", at_least=1)
-    gradient_accumulation_steps: int = setting(32, "iterations in an optimizer step", at_least=1)
-    device_batch_size: int | None = setting(None, "sequences on the device at once, for memory "
-                                            "and speed; else batch_size", at_least=1)
-    max_iters: int = setting(10_000, "iterations in the run; nanoGPT counts steps", at_least=1)
-    max_epochs: float | None = setting(None, "passes over the training data; of a preset with "
-                                       "both, this is the length", above=0, at_most=1e6)
+    # The batch. An iteration is batch_size sequences, forward and backward (4,096 tokens). An
+    # optimizer step covers gradient_accumulation_steps iterations (131,072 tokens).
+    batch_size: int = setting(32, "sequences in an iteration", "batch", low=1)
+    gradient_accumulation_steps: int = setting(32, "iterations in an optimizer step", low=1)
+    device_batch_size: int | None = setting(None, "sequences on the device at once; changes memory "
+                                            "and speed only (default: batch_size)", low=1)
+    max_iters: int = setting(10_000, "iterations in the run (nanoGPT counts steps instead)", low=1)
+    max_epochs: float | None = setting(None, "passes over the training data; overrides max_iters "
+                                       "where a preset has both", low=1e-9, high=1e6)
 
-    # The learning rate, a function of the iteration: linear warmup, then a decay from
-    # learning_rate to min_lr. The reference's "minimum" lies above its start, so the rate
+    # The learning rate is a function of the iteration: a linear warmup, then a decay from
+    # learning_rate to min_lr. The reference's "minimum" lies above its start, so that its rate
     # RISES from 1e-4 to 5e-4. That is what ran, and so it is what this preset does.
-    learning_rate: float = setting(1e-4, "rate after the warmup", "learning rate", above=0)
-    min_lr: float = setting(5e-4, "rate at the end of the decay", at_least=0)
-    lr_schedule: str = setting("cosine", "shape of the decay", one_of=("cosine", "linear"))
-    warmup_iters: int | None = setting(1000, "iterations, not steps, of warmup; if None, a "
-                                       "twentieth of max_iters", at_least=0)
+    learning_rate: float = setting(1e-4, "rate at the end of the warmup", "learning rate",
+                                   low=1e-12)
+    min_lr: float = setting(5e-4, "rate at the end of the decay", low=0)
+    lr_schedule: str = setting("cosine", "shape of the decay", choices=("cosine", "linear"))
+    warmup_iters: int | None = setting(1000, "iterations (not steps) of warmup; if None, a "
+                                       "twentieth of max_iters", low=0)
     warmup_start_factor: float = setting(1 / 3, "the warmup starts at this share of learning_rate",
-                                         at_least=0, at_most=1)
-    lr_decay_iters: int | None = setting(None, "iteration at which min_lr is reached; else "
-                                         "max_iters", at_least=1)
+                                         low=0, high=1)
+    lr_decay_iters: int | None = setting(None, "iteration at which the rate reaches min_lr "
+                                         "(default: max_iters)", low=1)
     embedding_lr_mult: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a "
-                                       "multiple of the matrices'", at_least=0)
+                                       "multiple of the matrices' rate", low=0)
 
-    # AdamW, or Muon for the matrices of the blocks. The reference decayed every parameter; biases
-    # and LayerNorms are left alone here, since pulling a scale of one to zero regularizes nothing.
-    matrix_optimizer: str = setting("adamw", "for the blocks' matrices; AdamW does the rest",
-                                    "optimizer", one_of=("adamw", "muon"))
-    momentum: float = setting(0.95, "Muon's memory of the gradient", at_least=0, below=1)
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings", at_least=0)
-    beta1: float = setting(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
-    beta2: float = setting(0.95, "AdamW's memory of its square", at_least=0, below=1)
-    eps: float = setting(1e-9, "AdamW's guard against division by zero", above=0)
-    grad_clip: float = setting(0.5, "largest norm of a gradient; 0 = no clipping", at_least=0)
+    # The optimizer. The reference decayed every parameter. Here biases and LayerNorms are left
+    # alone, since pulling a scale of one towards zero regularizes nothing.
+    matrix_optimizer: str = setting("adamw", "rule for the matrices of the blocks; AdamW steps all "
+                                    "other parameters", "optimizer", choices=("adamw", "muon"))
+    momentum: float = setting(0.95, "decay rate of Muon's momentum", low=0, high=0.9999999)
+    weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
+    beta1: float = setting(0.9, "AdamW: decay rate of the first moment", low=0, high=0.9999999)
+    beta2: float = setting(0.95, "AdamW: decay rate of the second moment", low=0, high=0.9999999)
+    eps: float = setting(1e-9, "AdamW: added to the denominator", low=1e-30)
+    grad_clip: float = setting(0.5, "largest norm of the gradient; 0 turns clipping off", low=0)
 
-    # Evaluation, on fixed windows: two evaluations differ only by the weights. The reference
-    # drew 500 random batches of each split, two thirds of its forward passes.
-    eval_interval: int = setting(500, "iterations between evaluations", "evaluation", at_least=1)
-    eval_windows: int = setting(384, "windows of each split in an evaluation", at_least=1)
+    # Evaluation is on fixed windows, so that two evaluations differ only by the weights. The
+    # reference drew 500 random batches of each split, two thirds of its forward passes.
+    eval_interval: int = setting(500, "iterations between evaluations", "evaluation", low=1)
+    eval_windows: int = setting(384, "windows of each split in an evaluation", low=1)
 
     # The run.
-    seed: int = setting(1337, "start of all random numbers", "run", at_least=0, at_most=2**63 - 1)
-    device: str = setting("auto", f"{DEVICE}; auto is a GPU if there is one", form=DEVICE)
-    dtype: str = setting("auto", "arithmetic; auto is the device's fastest", one_of=DTYPES)
-    compile: str = setting("auto", "use torch.compile", one_of=("auto", "true", "false"))
-    out_dir: str | None = setting(None, "folder of the checkpoints and the log; else out/<preset>")
+    seed: int = setting(1337, "seed of all random numbers", "run", low=0, high=2**63 - 1)
+    device: str = setting("auto", f"{DEVICE}; auto is a GPU if there is one")
+    dtype: str = setting("auto", "arithmetic; auto is the device's fastest", choices=DTYPES)
+    compile: str = setting("auto", "whether to use torch.compile; auto is where it works",
+                           choices=("auto", "true", "false"))
+    out_dir: str | None = setting(None, "folder of the run (default: out/<preset>)")
     plot_dir: str = setting("plots", "folder of the loss plot")
-    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", above=0)
-    tensorboard: bool = setting(False, "write the log for TensorBoard into out_dir too")
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", low=0)
+    tensorboard: bool = setting(False, "also write the log for TensorBoard into out_dir")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), kind_of(field)
             if value is None and isinstance(None, field.type):
                 continue
-            value = checked(field.name, value, kind_of(field), **field.metadata["limits"])
+            value = checked(field.name, value, kind, **field.metadata.get("limits", {}))
             object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
@@ -130,22 +137,23 @@ class Config:
         if self.out_dir is None:
             object.__setattr__(self, "out_dir", f"out/{self.preset}")
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is no attribute: a field that was deleted from this file."""
+        if name.startswith("__"):  # Python itself asks for some that need not exist
+            raise AttributeError(name)
+        raise UserError(f"config.py has no setting {name}, which is needed: put it back")
+
     @classmethod
     def from_preset(cls, preset: str | None = None, **overrides: Any) -> "Config":
-        """A preset's settings (None: DEFAULT_PRESET's), some of them overridden. UserError if the
-        preset is not there, or sets what is no setting.
+        """A preset's settings (None: DEFAULT_PRESET's), some of them overridden.
+
+        UserError if there is no such preset, or if it sets what is no setting.
         """
         preset = DEFAULT_PRESET if preset is None else preset
-        if preset not in PRESETS:
-            names = ", ".join(PRESETS)
-            raise UserError(f"preset {preset!r} is not known{nearest(preset, PRESETS)}: {names}")
-        known = {field.name for field in dataclasses.fields(cls)} - {"preset"}
-        for key in PRESETS[preset].keys() - known:
-            raise UserError(f"config.py: {preset!r} sets {key!r}, which is no setting"
-                            f"{nearest(key, known)}")
+        own = preset_settings(preset)
         settings: dict[str, Any] = {"preset": preset}
-        for given in (PRESETS[preset], overrides):
-            if "max_iters" in given:  # wins over a max_epochs from before
+        for given in (own, overrides):
+            if "max_iters" in given:  # the later of the two says how long the run is
                 settings["max_epochs"] = None
             settings |= given
         try:
@@ -189,8 +197,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
 }
-# `tuned` in larger steps, for a GPU; its length is max_epochs, whatever max_iters says.
+# `tuned` in larger steps, for a GPU. Its length is max_epochs, whatever max_iters says.
 PRESETS["full"] = PRESETS["tuned"] | dict(batch_size=64, max_epochs=1.0)
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    """What a preset lists. UserError if there is no such preset, or it sets what is no setting."""
+    if preset not in PRESETS:
+        asked = "DEFAULT_PRESET in config.py" if preset == DEFAULT_PRESET else "preset"
+        raise UserError(f"{asked} {preset!r} is not known{nearest(preset, PRESETS)}: "
+                        f"there are {', '.join(PRESETS)}")
+    if not isinstance(PRESETS[preset], dict):
+        raise UserError(f"config.py: the preset {preset!r} must be a dict")
+    known = {field.name for field in dataclasses.fields(Config)} - {"preset"}
+    unknown = [name for name in PRESETS[preset] if name not in known]
+    if unknown:
+        raise UserError(f"config.py: the preset {preset!r} sets {unknown[0]!r}, which is no "
+                        f"setting{nearest(unknown[0], known)}")
+    return PRESETS[preset]
 
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")  # of the texts that can be prepared
@@ -205,45 +229,49 @@ def default_data_dir(dataset: str) -> str:
     return f"data/{name.strip('.') or Path(dataset).resolve().name or 'dataset'}"
 
 
-# -------------------------------------------------------------------------------------------- Flags
-
-NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-# What a text must look like: in the words of the error message, and as a pattern.
-TEXT, PATH = "any text", "a path"
-FORMS = {TEXT: "(?s).*", PATH: r"[^\0]*\S[^\0]*",
-         DEVICE: r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,5}))?"}
-LIMITS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {  # in words, and as a test
-    "at_least": ("{} or more", operator.ge),
-    "above": ("more than {}", operator.gt),
-    "at_most": ("{} or less", operator.le),
-    "below": ("less than {}", operator.lt),
-    "one_of": ("one of {}", lambda value, names: value in names),
-    "form": ("{}", lambda value, form: re.fullmatch(FORMS[form], value)),
-}
+# -------------------------------------------------------------------------- Values and their flags
 
 
-def checked(name: str, value: Any, kind: type, **limits: Any) -> Any:
-    """`value`, a path's ~ expanded. UserError if its kind or LIMITS forbid it."""
-    if kind is int:
-        limits.setdefault("at_most", 2**31 - 1)
-    if kind is str and not limits:
-        limits["form"] = PATH
+def kind_of(field: dataclasses.Field) -> type:
+    """int for a field of type int, and for one of type int | None. UserError for another type."""
+    kind = (get_args(field.type) or (field.type,))[0]
+    if kind not in (int, float, bool, str):
+        raise UserError(f"config.py: the type of {field.name} must be int, float, bool or str")
+    return kind
+
+
+def checked(name: str, value: Any, kind: type, low: float | None = None,
+            high: float | None = None, choices: Iterable[str] = ()) -> Any:
+    """The value, of type `kind`. A text without `choices` is a path; its ~ is expanded.
+
+    UserError if the value has another type, or is not within low and high (both included), or
+    none of the choices.
+    """
     if kind is float and type(value) is int:
         value = float(value)
-    fits = type(value) is kind and (kind is not float or math.isfinite(value))
-    wanted = [NOUNS[kind]]
-    for rule, limit in limits.items():
-        words, test = LIMITS[rule]
-        wanted.append(words.format(", ".join(limit) if rule == "one_of" else limit))
-        fits = fits and test(value, limit)
-    if not fits:
-        guess = nearest(str(value), limits.get("one_of", ()))
-        raise UserError(f"{name} {value!r} is not possible: it must be {', '.join(wanted)}{guess}")
-    return os.path.expanduser(value) if limits.get("form") == PATH else value
+    if kind is int and high is None:
+        high = 2**31 - 1
+    if type(value) is not kind:
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(f"{name} {value!r} must be {wanted}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} {value} must be a finite number")
+    if low is not None and value < low:
+        raise UserError(f"{name} {value} must be {low} or more")
+    if high is not None and value > high:
+        raise UserError(f"{name} {value} must be {high} or less")
+    if choices and value not in choices:
+        guess = nearest(value, choices)
+        raise UserError(f"{name} {value!r} must be one of {', '.join(choices)}{guess}")
+    if kind is not str or choices:
+        return value
+    if not value.strip() or "\0" in value:
+        raise UserError(f"{name} {value!r} must be a path or a name")
+    return os.path.expanduser(value)
 
 
 def from_text(text: str, kind: type) -> Any:
-    """What was typed, as this kind: 1e4 is a whole number too. The text itself if it is none."""
+    """What was typed, as this kind (1e4 is a whole number too). If it is none: the text itself."""
     with contextlib.suppress(ValueError, KeyError):
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -254,22 +282,20 @@ def from_text(text: str, kind: type) -> Any:
     return text
 
 
-def kind_of(field: dataclasses.Field) -> type:
-    """int, for a field of int as for one of int | None."""
-    return (get_args(field.type) or (field.type,))[0]
-
-
 def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limits: Any) -> Any:
-    """Adds `--name VALUE` to a parser, or a group of one; returns argparse's action."""
-    choices = limits.get("one_of", ())
+    """Adds `--name VALUE` to a parser or a group of one. `limits` are those of `checked`.
+
+    Returns argparse's action.
+    """
+    choices = limits.get("choices", ())
 
     def parse(text: str) -> Any:
         text = text.lower() if text.lower() in choices else text  # --compile False
         return checked(f"--{name}", from_text(text, kind), kind, **limits)
 
-    metavar = {int: "N", float: "X", bool: "true|false", str: name.upper()}[kind]
+    metavar = {int: "N", float: "X", bool: "{true,false}", str: name.upper()}[kind]
     if choices:
-        help += "; one of " + ", ".join(choices)
+        metavar = "{" + ",".join(choices) + "}"
     if default is not None:
         help += f" (default: {str(default).lower() if kind is bool else default})"
     help = help.replace("%", "%%")
@@ -277,22 +303,25 @@ def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limi
 
 
 def add_config_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """A flag for every setting, absent unless typed; help shows the defaults of argv's preset."""
+    """Adds a flag for every setting; the parsed arguments hold only those that were typed.
+
+    --help shows the defaults of the preset that argv names. UserError if that one is impossible.
+    """
     chooser = Parser("", add_help=False)
     chooser.add_argument("--preset", default=DEFAULT_PRESET)
     preset = chooser.parse_known_args(argv)[0].preset
-    Config.from_preset(preset)  # one that cannot be is told before anything else
+    Config.from_preset(preset)
     group: Any = parser
     for field in dataclasses.fields(Config):
-        help, limits = field.metadata["help"], field.metadata["limits"]
+        help, limits = field.metadata.get("help", ""), field.metadata.get("limits", {})
         default = PRESETS[preset].get(field.name, field.default)
         if field.name == "preset":
-            default, limits = preset, {"one_of": tuple(PRESETS)}
-        if field.metadata["group"]:
+            default, limits = preset, {"choices": tuple(PRESETS)}
+        if field.metadata.get("group"):
             group = parser.add_argument_group(field.metadata["group"])
-        if help:
+        if help is not None:
             action = add_flag(group, field.name, kind_of(field), default, help, **limits)
-            action.default = argparse.SUPPRESS  # its help has told the default
+            action.default = argparse.SUPPRESS
 
 
 # What people type who know other programs.
@@ -306,7 +335,7 @@ ALIASES = dict(
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the known word that looks most like `word`, else nothing."""
+    """', did you mean X?' for the known word that looks most like `word`; '' if none does."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {found[0]}?" if found else ""
 
@@ -316,7 +345,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, **options: Any):
         super().__init__(description=description, allow_abbrev=False, **options)
-        # A flag's value may be any negative number ("-1e-4" too): the limits answer it.
+        # A flag's value may be any negative number ("-1e-4" too): its limits answer it.
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> None:
@@ -336,26 +365,11 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-# --------------------------------------------------------------------------- Errors, notices, files
+# ------------------------------------------------------------------------- Errors, notices, files
 
-# A process that was started with its input or output closed (cron, daemons) would give their
-# numbers to the first files it opens, and messages would land in those.
-for number in (0, 1, 2):
-    try:
-        os.fstat(number)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)
 # PyTorch's threads spin while they wait for each other, which starves them beside another job.
-# Read when torch is imported, by PyTorch builds that use GNU's OpenMP.
+# The variable is read when torch is imported, by builds of PyTorch that use GNU's OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def no_traceback_of_ctrl_c(kind: type[BaseException], *problem: Any) -> None:
-    if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, *problem)
-
-
-sys.excepthook = no_traceback_of_ctrl_c  # while torch is imported; later `cli` sees to it
 
 
 def cli(main: Callable[[list[str]], None]) -> None:

@@ -2,15 +2,16 @@
 
     until max_iters:
         once in a while: evaluate, save a checkpoint
-        for every micro-batch of the step: forward, loss, backward; gradients add up
+        for every micro-batch of the step: forward, loss, backward; the gradients add up
         clip them, set the learning rate, step
 
-`train` and `Run.step` are these lines. An iteration is batch_size sequences; a step is over
-gradient_accumulation_steps iterations; micro-batches cut a step to fit the device.
+`train` and `Run.step` are these lines. An iteration is batch_size sequences. An optimizer step
+covers gradient_accumulation_steps iterations. Micro-batches cut a step into parts that fit the
+device.
 
-Every random choice is a function of the seed and the place in the run, and files appear whole or
-not at all: a run resumed from ckpt.pt goes on as if it had never stopped. Any number of devices
-sees the same sequences. The sections below are in the order of a run.
+Every random choice is a function of the seed and the place in the run, and every file appears
+whole or not at all. So a run that is resumed from its ckpt.pt goes on as if it had never stopped,
+and any number of devices sees the same sequences. The sections below are in the order of a run.
 """
 
 import contextlib
@@ -59,11 +60,12 @@ from plots.loss_curve import draw_run
 
 Row = dict[str, float]  # of log.csv
 
-# What a resumed run may change, since none of it changes what has been learnt so far.
+# Settings that a resumed run may change, since none of them changes what was learnt so far.
 MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "checkpoint_minutes",
               "device", "dtype", "compile", "device_batch_size", "data_dir", "out_dir", "plot_dir",
               "tensorboard")
-# Settings taken from the model of --init_from, not from the preset; block_size may be smaller.
+# Settings that come from the model of --init_from, not from the preset. Only block_size may be
+# smaller than the model's.
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run cannot recover
 
@@ -72,42 +74,45 @@ def main(argv: list[str]) -> None:
     overrides, mode = parse_command_line(argv)
     if mode == "eval_only":
         return score_only(overrides)
-    config, checkpoint, source = plan(overrides, mode)
-    run = start(config, overrides, checkpoint, source)
-    flag = f"--out_dir {shlex.quote(config.out_dir)}"
+    folder = RunFolder(folder_of(overrides))
+    if mode == "resume" and folder.ckpt.exists():
+        run = resumed_run(folder, overrides)
+    else:
+        run = new_run(folder, overrides, mode)
+    check_ranks_agree(run)
+    flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
     if is_finished(run.config, run.state):
-        run.say(f"the run in {run.out_dir} is finished, at iteration {run.state.iteration:,}; "
-                f"to score it again: python train.py --eval_only {flag}")
+        run.notice(f"the run in {folder.path} is finished, at iteration {run.state.iteration:,}; "
+                   f"to score it again: python train.py --eval_only {flag}")
         return
+    for line in description(run):
+        run.notice(line)
     compile_model(run)  # before the folder is taken: if it fails, nothing old has been touched
-    take_folder(run, mode == "overwrite", checkpoint)
-    describe(run)
+    if run.is_main:
+        folder.take(replaces=mode == "overwrite")
     with run.stop:
         try:
             train(run)
             finish(run)
         except Stopped as stopped:
             if is_finished(run.config, run.state):
-                run.say(f"not scored; to score it: python train.py --eval_only {flag}")
+                run.notice(f"not scored; to score it: python train.py --eval_only {flag}")
             else:
                 save_checkpoint(run)
-                run.say(f"stopped at iteration {run.state.iteration:,}; go on with: "
-                        f"python train.py --resume {flag}")
+                run.notice(f"stopped at iteration {run.state.iteration:,}; go on with: "
+                           f"python train.py --resume {flag}")
             sys.exit(128 + stopped.args[0])  # as a shell reports a signal
-
-
-# ---------------------------------------------- The command line, and what has been there before
 
 
 def parse_command_line(argv: list[str]) -> tuple[dict, str]:
     """The settings that were typed, and the mode: resume, overwrite, eval_only or ''."""
-    parser = Parser("Trains the GPT; every setting of config.py is a flag.")
+    parser = Parser("Trains the GPT. Every setting of config.py is a flag.")
     modes = parser.add_mutually_exclusive_group()
     for mode, help in {
-        "resume": "go on from out_dir/ckpt.pt (or start, if there is none)",
-        "overwrite": "start again in an out_dir that holds a run, whose files are replaced",
-        "eval_only": "score out_dir/model.pt, or init_from, on the whole validation split, or on "
-                     "all stories of the file or folder that --dataset names",
+        "resume": "go on from out_dir/ckpt.pt, or begin if there is none",
+        "overwrite": "begin again in an out_dir that holds a run, and replace its files",
+        "eval_only": "score out_dir/model.pt, or the model of --init_from, on the whole validation "
+                     "split, or on all stories of the file or folder that --dataset names",
     }.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=help)
     add_config_flags(parser, argv)
@@ -118,54 +123,30 @@ def parse_command_line(argv: list[str]) -> tuple[dict, str]:
     return overrides, mode
 
 
-def plan(overrides: dict, mode: str) -> tuple[Config, dict | None, gpt.GPT | None]:
-    """What to train, and the checkpoint to go on from or the model to start from, if any."""
-    path = folder_of(overrides) / "ckpt.pt"
-    if mode == "resume" and path.exists():
-        modified = path.stat().st_mtime_ns  # before it is read: `take_folder` looks again
-        checkpoint = gpt.load_file(path) | {"modified": modified}
-        return resumed_config(overrides, checkpoint, path), checkpoint, None
-    for file in (path, path.with_name("model.pt"), path.with_name("log.csv")):
-        if file.exists() and not mode:
-            go_on = "--resume to go on with it, " if path.exists() else ""
-            raise UserError(f"{file} is there already: add {go_on}--overwrite to drop it, or name "
-                            "another --out_dir")
+def folder_of(overrides: dict) -> Path:
+    return Path(overrides.get("out_dir") or Config.from_preset(overrides.get("preset")).out_dir)
+
+
+# -------------------------------------------------------------------------------------- A new run
+
+
+def new_run(folder: "RunFolder", overrides: dict, mode: str) -> "Run":
+    """A run at its beginning, with first weights as the config says or those of --init_from.
+
+    UserError for what is impossible, and for a folder that holds another run, before anything is
+    made or lost.
+    """
+    folder.refuse_old_run(mode)
     defaults = Config.from_preset(overrides.get("preset"))
     init_from = overrides.get("init_from", defaults.init_from)
     source = load_source(init_from) if init_from else None
     taken = architecture(source.config, overrides) if source else {}
     config = Config.from_preset(**overrides | taken)
     if mode == "resume":
-        # A kill may come between the first model.pt and ckpt.pt; a later model has had a ckpt.pt.
-        model = path.with_name("model.pt")
-        if model.exists() and gpt.load_file(model).get("iteration", 0) > config.eval_interval:
-            raise UserError(f"there is no {path} to go on from, but a trained {model}: name "
-                            "another --out_dir, or drop it by --overwrite instead of --resume")
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
-        notice(f"there is no {path} yet: starting from the beginning"
+        notice(f"there is no {folder.ckpt} yet: starting from the beginning"
                + (f" (runs to resume: {others})" if others else ""))
-    return config, None, source
-
-
-def folder_of(overrides: dict) -> Path:
-    return Path(overrides.get("out_dir") or Config.from_preset(overrides.get("preset")).out_dir)
-
-
-def resumed_config(overrides: dict, checkpoint: dict, path: Path) -> Config:
-    """The checkpoint's Config with the overrides, if they may change. UserError if not."""
-    old = gpt.config_of(checkpoint, path)
-    # A dataset that is typed again may be spelt otherwise: `open_data` compares it.
-    changes = overrides | {"dataset": old.dataset, "out_dir": str(path.parent)}
-    if "max_iters" in overrides:  # it wins over a max_epochs from before
-        changes["max_epochs"] = None
-    refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
-               if name not in MAY_CHANGE and value != getattr(old, name)]
-    if refused:
-        raise UserError(f"a resumed run cannot change {', '.join(refused)}: train anew in another "
-                        "--out_dir")
-    notice(f"resuming {path}: its settings hold, whatever config.py says now; flags may change "
-           + ", ".join(MAY_CHANGE))
-    return dataclasses.replace(old, **changes)
+    return open_run(config, overrides, source)
 
 
 def load_source(path: str) -> gpt.GPT:
@@ -188,23 +169,17 @@ def architecture(source: Config, overrides: dict) -> dict:
     return taken | {"block_size": size}
 
 
-# ------------------------------------------------------------------------------------- The start
+def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
+             resumed: bool = False) -> "Run":
+    """A run at its beginning, on its device and its prepared data, which a new run may prepare.
 
-
-def start(config: Config, overrides: dict, checkpoint: dict | None = None,
-          source: gpt.GPT | None = None) -> "Run":
-    """The run, fresh, with the weights of `source`, or as its checkpoint left it.
-
-    Refuses the impossible before anything is made or lost.
+    UserError if the device or the data is not there, or not what was asked for.
     """
     ranks = Ranks(prepare_device(config))
-    for path in (Path(config.out_dir), *Path(config.out_dir).parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{config.out_dir} cannot be a folder: {path} is a file")
     if config.tensorboard:
-        import_tensorboard()
-    # A new run prepares its data; several processes would all do so at once.
-    if checkpoint is None and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
+        import_tensorboard()  # fails here if it does not work
+    # Only a new run prepares its data; several processes would all do so at once.
+    if not resumed and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
         guess = ""
         if "data_dir" in overrides and "dataset" not in overrides:  # it may be misspelt
             prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
@@ -217,23 +192,15 @@ def start(config: Config, overrides: dict, checkpoint: dict | None = None,
         tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
         length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
         # Config checks its schedule only where max_epochs is None.
-        checked = dataclasses.replace(config, max_iters=length, max_epochs=None)
-        config = dataclasses.replace(checked, max_epochs=config.max_epochs)
-    run = Run(config, meta, ranks, source)
-    if checkpoint:
-        restore(run, checkpoint)
-    # Summed as whole numbers, the bits of the weights are the same in any order.
-    weights = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()
-    facts = (run.state.iteration, hashes(meta), config.seed, config.max_iters, weights)
-    if any(other != facts for other in ranks.gather(facts)):
-        raise UserError("the ranks differ in data, checkpoint or settings: out_dir and data_dir "
-                        "must be the same files for all")
-    return run
+        schedule = dataclasses.replace(config, max_iters=length, max_epochs=None)
+        config = dataclasses.replace(schedule, max_epochs=config.max_epochs)
+    return Run(config, meta, ranks, source)
 
 
 def prepare_device(config: Config) -> torch.device:
-    """The device of a run; what it allocates and compiles with is set up. UserError if the config
-    asks for what is not there.
+    """The device of a run, with the memory allocator set up for training.
+
+    UserError if the config asks for what is not there.
     """
     if config.vocab_size != data.END_OF_TEXT + 1:
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
@@ -248,12 +215,6 @@ def prepare_device(config: Config) -> torch.device:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    # torch.compile, which every optimizer imports, makes the folder of its cache.
-    try:
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
-    except OSError as problem:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        notice(f"TORCHINDUCTOR_CACHE_DIR cannot be made ({problem.strerror}): the usual one serves")
     return device
 
 
@@ -272,9 +233,21 @@ def open_data(config: Config, overrides: dict) -> dict:
     return meta
 
 
+def check_ranks_agree(run: "Run") -> None:
+    """UserError if the processes of a run do not train the same model on the same data."""
+    # Summed as whole numbers, the bits of the weights are the same in any order.
+    weights = run.model.transformer.wte.weight.detach().view(torch.int32).sum().item()
+    facts = (run.state.iteration, hashes(run.meta), run.config.seed, run.config.max_iters, weights)
+    if any(other != facts for other in run.ranks.gather(facts)):
+        raise UserError("the ranks differ in data, checkpoint or settings: out_dir and data_dir "
+                        "must be the same files for all")
+
+
 def compile_model(run: "Run") -> None:
-    """torch.compile, tried on one micro-batch. If it fails on any rank: UserError, or with auto the
-    run goes on without.
+    """Compiles the model and tries it on one micro-batch: a step's forward and backward pass, and
+    an evaluation's forward pass.
+
+    If that fails on any rank, the run goes on uncompiled on all; with --compile true: UserError.
     """
     config, problem = run.config, ""
     if config.compile == "false":
@@ -283,63 +256,50 @@ def compile_model(run: "Run") -> None:
     sequences = np.arange(config.batch_size * config.gradient_accumulation_steps)
     rows = len(run.ranks.share(sequences)[: config.micro_batch_size]) or 1
     ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
-    run.compiled = ids.shape
+    run.compiled_shape = ids.shape
+    run.notice("compiling, about 30 s")
     try:
-        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
-            if os.environ.get(name) == "1":  # torch.compile would silently do nothing
-                raise RuntimeError(f"{name} is set")
         run.model.compile_parts()
         with run.arithmetic():
             loss = run.model(ids, ids)
         run.scaler.scale(loss).backward()
+        run.model.eval()
+        with torch.no_grad(), run.arithmetic():
+            run.model(ids, ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # anything: the compiler, its headers, its cache, the GPU
         problem = f"{type(error).__name__}: {one_line(error)}"[:150]
+    run.model.train()
     problems = [text for text in run.ranks.gather(problem) if text]
     if problems and config.compile == "true":
         raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
                         "auto")
     if problems:
-        run.compiled = None
-        run.say(f"not compiled, since torch.compile does not work here: {problems[0]}")
+        run.compiled_shape = None
+        run.notice(f"not compiled, since torch.compile does not work here: {problems[0]}")
 
 
-def take_folder(run: "Run", replaces: bool, checkpoint: dict | None = None) -> None:
-    """Makes out_dir and holds it until the process ends. UserError if another one does, or has
-    saved a newer checkpoint since this one was read.
-    """
-    run.replaces = replaces
-    if not run.is_main:
-        return
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    if lock_folder(run.out_dir) is None:
-        raise UserError(f"another train.py is at work in {run.out_dir}: name another --out_dir")
-    path = run.out_dir / "ckpt.pt"
-    if checkpoint and checkpoint["modified"] != path.stat().st_mtime_ns:
-        raise UserError(f"the run in {run.out_dir} was still saving: type the same command again")
-    if not replaces:
-        write_record(run)
-
-
-def describe(run: "Run") -> None:
+def description(run: "Run") -> list[str]:
     """What is about to run, in a few lines."""
     config, tokens = run.config, len(run.tokens["train"])
     length = config.max_iters * config.tokens_per_iteration
     steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
     size = config.tokens_per_iteration * config.gradient_accumulation_steps
-    differs = ", ".join(f"{name} {value}" for name, value in differences(config).items())
-    run.say(f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
-            f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
-            + ("compiled" if run.compiled else "not compiled"))
-    run.say(f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens")
-    run.say(f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
-            f"tokens in all, {length / tokens:.2f} epochs")
-    run.say(f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
-            f"sequences in an iteration; seed {config.seed}; differs from the preset: "
-            + (differs or "nothing"))
+    changes = ", ".join(f"{name} {value}" for name, value in differences(config).items())
+    lines = [
+        f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
+        f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
+        f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens",
+        f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
+        f"tokens in all, {length / tokens:.2f} epochs",
+        f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
+        f"sequences in an iteration; seed {config.seed}; differs from the preset: "
+        f"{changes or 'nothing'}",
+    ]
     if run.state.iteration:
-        run.say(f"going on from iteration {run.state.iteration:,}")
+        lines.append(f"going on from iteration {run.state.iteration:,}")
+    return lines
 
 
 def differences(config: Config) -> dict:
@@ -348,10 +308,11 @@ def differences(config: Config) -> dict:
     with contextlib.suppress(UserError):  # it may be gone, or broken since
         preset = Config.from_preset(config.preset)
     usual = dataclasses.asdict(preset)
-    if preset.max_epochs is not None:  # max_iters follows from it: a typed one differs
+    if preset.max_epochs is not None:  # max_iters follows from it: one that was typed differs
         usual["max_iters"] = None
     aside = ["preset", "dataset", "data_dir", "out_dir", "plot_dir"]
-    aside.append("max_epochs" if config.max_epochs is None else "max_iters")  # one says it
+    # Of max_iters and max_epochs, the one that follows from the other says nothing new.
+    aside.append("max_epochs" if config.max_epochs is None else "max_iters")
     return {name: value for name, value in dataclasses.asdict(config).items()
             if value != usual[name] and name not in aside}
 
@@ -360,6 +321,200 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
+
+
+# --------------------------------------------------------------------------------- A resumed run
+
+
+def resumed_run(folder: "RunFolder", overrides: dict) -> "Run":
+    """The run as its checkpoint left it: config, weights, optimizer, place in the run.
+
+    UserError if the overrides would change what was learnt so far, or the data has changed.
+    """
+    checkpoint = folder.read_checkpoint()
+    old = gpt.config_of(checkpoint, folder.ckpt)
+    run = open_run(changed_config(old, overrides, folder), overrides, resumed=True)
+    if checkpoint.get("data") != hashes(run.meta):
+        raise UserError(f"the data in {run.config.data_dir} has changed since this run began: "
+                        "resume with the data it was trained on")
+    run.folder = folder
+    restore(run, checkpoint)
+    then, now = schedule_of(old), schedule_of(run.config)
+    if then != now:
+        run.notice(f"warning: the learning rate's schedule changes: {now}, not {then}")
+    return run
+
+
+def changed_config(old: Config, overrides: dict, folder: "RunFolder") -> Config:
+    """The checkpoint's Config with the overrides. UserError if one of them may not change."""
+    # A dataset that is typed again may be spelt otherwise: `open_data` compares it.
+    changes = overrides | {"dataset": old.dataset, "out_dir": str(folder.path)}
+    if "max_iters" in overrides:  # it wins over a max_epochs from before
+        changes["max_epochs"] = None
+    refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
+               if name not in MAY_CHANGE and value != getattr(old, name)]
+    if refused:
+        raise UserError(f"a resumed run cannot change {', '.join(refused)}: train anew in another "
+                        "--out_dir")
+    notice(f"resuming {folder.ckpt}: its settings hold, whatever config.py says now; flags may "
+           f"change {', '.join(MAY_CHANGE)}")
+    return dataclasses.replace(old, **changes)
+
+
+def schedule_of(config: Config) -> str:
+    return f"warmup {config.warmup} and decay until iteration {config.decay_iters}"
+
+
+def save_checkpoint(run: "Run", row: Row | None = None) -> None:
+    """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there.
+
+    After an evaluation, its `row` joins the log; log.csv and, if the row is the best so far,
+    model.pt are written too.
+    """
+    if row:
+        run.state.log.append(row)
+    if run.is_main:
+        run.folder.save(run, row)
+    run.ranks.wait()
+    run.folder.saved_at = time.monotonic()
+
+
+def checkpoint_of(run: "Run") -> dict:
+    """What ckpt.pt holds besides the config and the weights: tensors and plain values only."""
+    state = vars(run.state) | {"seconds": run.seconds(), "log": list(run.state.log)}
+    return dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), state=state,
+                data=hashes(run.meta))
+
+
+def restore(run: "Run", checkpoint: dict) -> None:
+    """The inverse of `checkpoint_of`. UserError if the checkpoint does not fit the run."""
+    gpt.load_weights(run.model, checkpoint["model"], run.folder.ckpt)
+    try:
+        # The groups are the config's. Only what the optimizer remembers comes from the checkpoint.
+        groups = run.optimizer.state_dict()["param_groups"]
+        memory = checkpoint["optimizer"]["state"]
+        run.optimizer.load_state_dict({"param_groups": groups, "state": memory})
+        if run.scaler.is_enabled() and checkpoint["scaler"]:
+            run.scaler.load_state_dict(checkpoint["scaler"])
+        run.state = State(**checkpoint["state"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{run.folder.ckpt} does not hold a run of this version "
+                        f"({one_line(problem)[:80]}): name another --out_dir") from None
+    if run.is_main:
+        run.folder.read_best_loss(run.state.log)
+
+
+class RunFolder:
+    """out_dir and what a run keeps there: ckpt.pt, model.pt, log.csv, run.json, and its lock."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.ckpt, self.model = path / "ckpt.pt", path / "model.pt"
+        self.log, self.record = path / "log.csv", path / "run.json"
+        self.lock: int | None = None  # holds the folder for this process until it ends
+        self.read_at: int | None = None  # when the checkpoint that was read had been written
+        self.replaces = False  # whether an old run is still there, which --overwrite drops
+        self.saved_at = time.monotonic()  # when the last checkpoint was written
+        self.best_loss = math.inf  # the validation loss of this run's model.pt
+
+    def refuse_old_run(self, mode: str) -> None:
+        """UserError if the folder holds what a new run would replace unasked."""
+        for path in (self.path, *self.path.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{self.path} cannot be a folder: {path} is a file")
+        if mode == "resume" and self.model.exists():
+            raise UserError(f"there is no {self.ckpt} to go on from, but a trained {self.model}: "
+                            "name another --out_dir, or drop it by --overwrite instead of --resume")
+        for file in (self.ckpt, self.model, self.log):
+            if file.exists() and not mode:
+                go_on = "--resume to go on with it, " if self.ckpt.exists() else ""
+                raise UserError(f"{file} is there already: add {go_on}--overwrite to drop it, or "
+                                "name another --out_dir")
+
+    def read_checkpoint(self) -> dict:
+        self.read_at = self.ckpt.stat().st_mtime_ns  # before it is read: `take` looks again
+        return gpt.load_file(self.ckpt)
+
+    def take(self, replaces: bool) -> None:
+        """Makes the folder and holds it until the process ends.
+
+        UserError if another process does, or has saved a newer checkpoint since ours was read.
+        """
+        self.replaces = replaces
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.path)
+        if self.lock is None:
+            raise UserError(f"another train.py is at work in {self.path}: name another --out_dir")
+        if self.read_at and self.read_at != self.ckpt.stat().st_mtime_ns:
+            raise UserError(f"the run in {self.path} was still saving: type the same command again")
+
+    def save(self, run: "Run", row: Row | None) -> None:
+        """Writes the files in an order in which a kill leaves nothing that looks trained but
+        cannot go on: a model.pt always has a ckpt.pt beside it.
+        """
+        content = checkpoint_of(run)
+        if self.replaces or not self.model.exists():
+            # Without the row: a run that is killed right after this evaluates again.
+            log = run.state.log[:-1] if row else run.state.log
+            before = content | {"state": content["state"] | {"log": log}}
+            gpt.save_file(self.ckpt, run.config, run.model, **before)
+        if self.replaces:  # the old run stays until the new one has its first checkpoint
+            self.model.unlink(missing_ok=True)
+            self.log.unlink(missing_ok=True)
+            self.replaces = False
+        if row and (row["val_loss"] < self.best_loss or not self.model.exists()):
+            gpt.save_file(self.model, run.config, run.model, **row)
+            self.best_loss = row["val_loss"]
+        try:
+            if run.state.log:
+                write_log(self.log, run.state.log)
+            self.write_record(run)
+        except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
+            notice(f"log.csv or run.json is not written: {problem.strerror}")
+        gpt.save_file(self.ckpt, run.config, run.model, **content)
+
+    def read_best_loss(self, log: list[Row]) -> None:
+        """Finds out how good model.pt is. One that is missing, damaged or another run's gives way
+        to the next evaluation's weights.
+        """
+        with contextlib.suppress(UserError, OSError):
+            loss = gpt.load_file(self.model).get("val_loss")
+            if any(row["val_loss"] == loss for row in log):
+                self.best_loss = loss
+
+    def write_record(self, run: "Run", final: Row | None = None) -> None:
+        """run.json: what this run is and how far it has come, for people and plots.loss_curve."""
+        config, state, best = run.config, run.state, run.state.best()
+        tokens = {name: split["tokens"] for name, split in run.meta["splits"].items()}
+        record = dict(
+            settings=dataclasses.asdict(config), differs=differences(config),
+            data=dict(name=config.dataset, hashes=hashes(run.meta), tokens=tokens),
+            versions=run.versions,
+            tokens=state.iteration * config.tokens_per_iteration, seconds=run.seconds(),
+            best=best and dict(iteration=best["iteration"], val_loss=best["val_loss"]), final=final)
+        with atomic_write(self.record) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_log(path: Path, log: list[Row]) -> None:
+    lines = [",".join(log[0])]
+    lines += [",".join(f"{value:.10g}" for value in row.values()) for row in log]
+    with atomic_write(path) as partial:
+        partial.write_text("\n".join(lines) + "\n")
+
+
+def hashes(meta: dict) -> dict[str, str]:
+    return {name: split["sha256"] for name, split in meta["splits"].items()}
+
+
+def versions_of(device: torch.device) -> dict:
+    """What a run is made with."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = None
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return dict(python=platform.python_version(), pytorch=torch.__version__,
+                device=device_name(device), commit=commit)
 
 
 # --------------------------------------------------------------------- The other ranks, and signals
@@ -405,6 +560,10 @@ class Ranks:
                 reason = one_line(problem)[:80]
                 raise UserError(f"lost the other ranks ({reason}): go on with --resume") from None
 
+    def wait(self) -> None:
+        """Returns once all ranks have come here."""
+        self.gather(None)
+
     def gather(self, fact: Any) -> list[Any]:
         """Every rank's fact, for all of them."""
         facts = [fact] * self.size
@@ -432,19 +591,19 @@ class Stopped(Exception):
     """A signal, whose number it holds: what was begun is dropped, the last whole step stands."""
 
 
-HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
-
-
 class StopSignal:
-    """`with` it, a signal is a wish to stop: the first is noted, a second ends the process."""
+    """Within `with stop:` a signal is a wish to stop, which is noted. A second one ends the process
+    at once, but not within two seconds: one Ctrl-C under torchrun, or a closed terminal, sends two.
+    """
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.caught, self.at = ranks, 0, 0.0  # caught: the signal's number
 
     def __enter__(self) -> None:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup has it ignored
-            numbers.append(HANGUP)
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(hangup)
         self.before = {number: signal.signal(number, self.catch) for number in numbers}
 
     def __exit__(self, *problem: Any) -> None:
@@ -452,15 +611,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def catch(self, number: int, frame: Any) -> None:
-        # Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun; a closed
-        # terminal may send two hang-ups, the shell's and its own.
-        echo = self.ranks.size > 1 or number == self.caught == HANGUP
-        echo_seconds = 2 if echo else 0
         if not self.caught:
             self.caught, self.at = number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\nstopping after the micro-batch at hand (again: at once)\n")
-        elif time.monotonic() - self.at > echo_seconds:
+                os.write(2, b"\nstopping after this batch; Ctrl-C again to quit now\n")
+        elif time.monotonic() - self.at > 2:
             os._exit(128 + number)
 
     def check(self) -> None:
@@ -473,43 +628,55 @@ class StopSignal:
 # ------------------------------------------------------------------------------------ The optimizer
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter, 2019); in groups with a `momentum`, Muon (Jordan et al., 2024).
+class Optimizer(torch.optim.AdamW):
+    """Steps each group of parameters by the rule that the group names: adamw or muon.
 
-    Muon moves a matrix along the momentum of its gradient, made orthogonal, so that all directions
-    of the matrix move alike. The matrices of such a group have one shape; `dtype` is that of the
-    products. A step with `found_inf` 1 (as fused optimizers have it) changes nothing.
+    To add a rule, write a method beside `muon` that steps one group from its gradients `p.grad`,
+    and add its name to the choices of `matrix_optimizer` in config.py. Keep what it remembers in
+    `self.state[p]`, with a "step" as AdamW has it, and checkpoints hold it. Use the group's lr and
+    weight_decay. Multiply every change, of the memory too, by `finite`, which is 0 where the step
+    is to change nothing.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **options: Any):
+        """`dtype` is that of Muon's products."""
         super().__init__(groups, fused=True, **options)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """`found_inf` is what a GradScaler sets for PyTorch's fused optimizers, here always set: 1
+        on the device if a gradient is not finite. AdamW then skips its step, and so do we.
+        """
+        finite = 1 - self.found_inf
         for group in self.param_groups:
-            if "momentum" in group:
-                self.step_matrices(group)
+            if group["rule"] != "adamw":
+                getattr(self, group["rule"])(group, finite)
+                for p in group["params"]:
+                    p.grad = None  # so that AdamW leaves it alone
         super().step()
 
-    def step_matrices(self, group: dict) -> None:
-        finite = 1 - self.found_inf  # 0 where the step is to change nothing
+    def muon(self, group: dict, finite: Tensor) -> None:
+        """Muon (Jordan et al., 2024): moves a matrix along the momentum of its gradient, made
+        orthogonal, so that all directions of the matrix move alike.
+
+        The matrices of the group have one shape. `parts` is how many matrices each stands for.
+        """
         directions = []
         for p in group["params"]:
-            if not self.state[p]:  # AdamW's load_state_dict expects a step in every state
+            if not self.state[p]:
                 self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
-            memory = self.state[p]["momentum"]
+            momentum = self.state[p]["momentum"]
             gradient = p.grad.nan_to_num_(0, 0, 0)  # NaN x 0 would still be NaN
-            memory.lerp_(gradient, (1 - group["momentum"]) * finite)
-            directions.append(gradient.lerp_(memory, group["momentum"]))  # Nesterov's
-        # All matrices in one product; queries, keys and values are three matrices in one.
+            momentum.lerp_(gradient, (1 - group["momentum"]) * finite)
+            directions.append(gradient.lerp_(momentum, group["momentum"]))  # Nesterov's
+        # All matrices in one product.
         stacked = torch.stack(directions).unflatten(1, (group["parts"], -1))
         # The size of AdamW's steps (Liu et al., 2025, section 2.2), so that one rate serves both.
         rate = group["lr"] * 0.2 * max(stacked.shape[-2:]) ** 0.5
         steps = orthogonalize(stacked, self.dtype).float().flatten(1, 2) * (rate * finite)
         for p, step in zip(group["params"], steps, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"] * finite).sub_(step)
-            p.grad = None  # so that AdamW leaves it alone
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -519,7 +686,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     products only, in `dtype`. Four rounds train as well as the usual five.
     """
     tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices  # the smaller square
+    x = matrices.mT if tall else matrices  # so that x @ x.mT is the smaller square
     x = F.normalize(x.flatten(-2), dim=-1).view(x.shape).to(dtype)
     for _ in range(4):
         square = x @ x.mT
@@ -527,27 +694,32 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
-    """Matrices and embeddings decay, biases and LayerNorms do not. A group's `lr_mult` is its rate
-    as a multiple of the learning rate.
+def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Optimizer:
+    """Parameters in groups that are stepped alike.
+
+    `matrix_optimizer` steps the matrices of the blocks, AdamW (Loshchilov and Hutter, 2019) all
+    others. Matrices and embeddings decay, biases and LayerNorms do not. A group's `lr_mult` is its
+    rate as a multiple of the learning rate.
     """
     groups: dict[Any, dict] = {}
     for name, p in model.named_parameters():
-        group = dict(weight_decay=config.weight_decay, lr_mult=1.0)
+        group = dict(rule="adamw", weight_decay=config.weight_decay, lr_mult=1.0)
+        shape = None
         if p.dim() == 1:
             group |= dict(weight_decay=0.0, lr_mult=config.embedding_lr_mult)
         elif name.endswith(("wte.weight", "wpe.weight")):
             group |= dict(lr_mult=config.embedding_lr_mult)
-        shape = None
-        if config.matrix_optimizer == "muon" and ".h." in name and p.dim() == 2:
-            shape = p.shape  # Muon's groups hold matrices of one shape
-            group |= dict(momentum=config.momentum, parts=3 if "c_attn" in name else 1)
+        elif config.matrix_optimizer != "adamw" and ".h." in name:
+            # Queries, keys and values are three matrices in one.
+            group |= dict(rule=config.matrix_optimizer, momentum=config.momentum,
+                          parts=3 if "c_attn" in name else 1)
+            shape = p.shape
         key = (shape, *group.values())
         if key not in groups:
             groups[key] = group | dict(params=[])
         groups[key]["params"].append(p)
-    return Muon(list(groups.values()), dtype, lr=config.learning_rate,
-                betas=(config.beta1, config.beta2), eps=config.eps)
+    return Optimizer(list(groups.values()), dtype, lr=config.learning_rate,
+                     betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 # ---------------------------------------------- The place in a run: when, how fast, which sequences
@@ -557,13 +729,13 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Muon:
 class State:
     """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
 
-    Tensors stay on the device until they are shown: to read one, the CPU waits for the GPU.
+    Tensors stay on the device until they are shown, since to read one the CPU waits for the GPU.
     """
 
     iteration: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # that the run took before this process
     grad_norm: Tensor = torch.zeros(())  # of the last step
-    skipped_updates: Tensor = torch.zeros(())
+    skipped_updates: Tensor = torch.zeros(())  # steps whose gradient was not finite
     skipped_in_a_row: Tensor = torch.zeros(())
     log: list[Row] = dataclasses.field(default_factory=list)
 
@@ -593,14 +765,16 @@ def evaluation_points(config: Config) -> dict[int, int]:
     return points | {config.max_iters: config.max_iters}
 
 
-def due_evaluation(points: dict[int, int], state: State) -> int | None:
-    """The iteration of the evaluation that falls on this boundary, if the log does not have it."""
-    due = points.get(state.iteration)
-    return None if any(row["iteration"] == due for row in state.log) else due
+def due_evaluation(points: dict[int, int], config: Config, state: State) -> int | None:
+    """The name of the evaluation that falls on this boundary, if the log does not have it yet."""
+    tokens = state.iteration * config.tokens_per_iteration
+    if any(row["tokens"] == tokens for row in state.log):
+        return None
+    return points.get(state.iteration)
 
 
 def is_finished(config: Config, state: State) -> bool:
-    due = due_evaluation(evaluation_points(config), state)
+    due = due_evaluation(evaluation_points(config), config, state)
     return state.iteration >= config.max_iters and due is None
 
 
@@ -695,14 +869,11 @@ class Run:
     def __init__(self, config: Config, meta: dict, ranks: Ranks, source: gpt.GPT | None = None):
         """First weights are drawn, or are those of `source`, its positions cut to block_size."""
         self.config, self.meta, self.ranks, self.device = config, meta, ranks, ranks.device
-        self.is_main = ranks.rank == 0  # the one that writes and talks
+        self.is_main = ranks.rank == 0  # the one that writes files and talks
         self.dtype = gpt.pick_dtype(config.dtype, self.device)
-        self.out_dir, self.versions = Path(config.out_dir), versions_of(self.device)
-        self.stop, self.state = StopSignal(ranks), State()
-        self.begun = self.saved_at = time.monotonic()
-        self.compiled: torch.Size | None = None  # the shape of the micro-batch that is compiled
-        self.undrawn = self.replaces = False
-        self.kept = math.inf  # the validation loss of this run's model.pt
+        self.folder, self.versions = RunFolder(Path(config.out_dir)), versions_of(self.device)
+        self.stop, self.state, self.started = StopSignal(ranks), State(), time.monotonic()
+        self.compiled_shape: torch.Size | None = None  # of the micro-batch that is compiled
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
         model = gpt.GPT(config, data.token_bytes())
@@ -716,12 +887,17 @@ class Run:
         self.loss = torch.zeros((), device=self.device)  # of the last step
         self.scaler.scale(self.loss)  # makes its scale, which a rank without work needs too
 
-    def say(self, line: str) -> None:
+    def seconds(self) -> float:
+        """How long the run has taken, in this process and those before it."""
+        return self.state.seconds + time.monotonic() - self.started
+
+    def notice(self, line: str) -> None:
+        """A line for the person at the terminal, from one rank only."""
         if self.is_main:
             notice(line)
 
     def fail(self, reason: str) -> NoReturn:
-        path = self.out_dir / "ckpt.pt"
+        path = self.folder.ckpt
         last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
         raise UserError(f"{reason}: try a lower learning_rate; {last}")
 
@@ -733,7 +909,7 @@ class Run:
     @contextlib.contextmanager
     def arithmetic(self, compiled: bool = True) -> Iterator[None]:
         """The run's precision, and compiled code where that works and `compiled` is wanted."""
-        stance = "default" if compiled and self.compiled else "force_eager"
+        stance = "default" if compiled and self.compiled_shape else "force_eager"
         autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
         with autocast, torch.compiler.set_stance(stance):
             yield
@@ -752,7 +928,7 @@ class Run:
         for some in new_bar(batches, desc=task, disable=not (task and self.is_main), leave=False):
             x, y = read_batch(tokens, some, size, self.device)
             # What has another shape than a training batch is not worth compiling for.
-            with self.arithmetic(compiled=x.shape == self.compiled):
+            with self.arithmetic(compiled=x.shape == self.compiled_shape):
                 total += self.model(x, y).to(exact) * len(some)
             if self.stop.caught:
                 break
@@ -798,7 +974,7 @@ class Run:
         state.grad_norm = clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
-        # Where found_inf is 1 the optimizer skips its step, on the device: the CPU need not wait.
+        # The optimizer skips its step where found_inf is 1, on the device: the CPU need not wait.
         skip = (~state.grad_norm.isfinite()).float()  # 1 if it is not finite, else 0
         self.optimizer.found_inf = skip
         self.optimizer.step()
@@ -816,11 +992,11 @@ def train(run: Run) -> None:
     with contextlib.closing(Progress(run)) as progress:
         while True:
             # Once in a while: evaluate, and keep the best weights and what it takes to go on.
-            due = due_evaluation(evaluations, state)
+            due = due_evaluation(evaluations, config, state)
             if due is not None:
                 row = evaluate(run, due, progress.tokens_per_second())
                 save_checkpoint(run, row)
-                progress.tell(row)
+                progress.add(row)
             if state.iteration >= config.max_iters:
                 return
             # One step of the optimizer.
@@ -830,12 +1006,9 @@ def train(run: Run) -> None:
             if state.iteration // config.gradient_accumulation_steps % MAX_SKIPPED == 0:
                 run.check_gradients()
             # A checkpoint by the clock: also before an evaluation, which may take long.
-            minutes = (time.monotonic() - run.saved_at) / 60
+            minutes = (time.monotonic() - run.folder.saved_at) / 60
             if run.ranks.max(minutes) > config.checkpoint_minutes:
                 save_checkpoint(run)
-
-
-# -------------------------------------------------------------------- Evaluation and checkpoints
 
 
 def evaluate(run: Run, iteration: int, tokens_per_second: float) -> Row:
@@ -852,113 +1025,12 @@ def evaluate(run: Run, iteration: int, tokens_per_second: float) -> Row:
         val_bits_per_byte=bits_per_byte(losses["val"], run.meta["splits"]["val"]),
         learning_rate=learning_rate_at(config, max(state.iteration - 1, 0)),  # of the last step
         grad_norm=state.grad_norm.item(), skipped_updates=int(state.skipped_updates),
-        tokens_per_second=tokens_per_second, seconds=time.monotonic() - run.begun)
+        tokens_per_second=tokens_per_second, seconds=run.seconds())
 
 
 def bits_per_byte(loss: float, split: dict) -> float:
     """Nats a token as bits a UTF-8 byte of the split's text: comparable between vocabularies."""
     return loss / math.log(2) * split["tokens"] / split["bytes"]
-
-
-def save_checkpoint(run: Run, row: Row | None = None) -> None:
-    """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there.
-
-    After an evaluation its `row` joins the log, and model.pt, if it is the best so far, and log.csv
-    are written before ckpt.pt.
-    """
-    state, path, model = run.state, run.out_dir / "ckpt.pt", run.out_dir / "model.pt"
-    state.seconds = time.monotonic() - run.begun
-    if row:
-        state.log.append(row)
-    if run.is_main:
-        parts = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-                     state=vars(state), data=hashes(run.meta))
-        if run.replaces:  # the run that was here goes, once there is room for the new one
-            trial = run.out_dir / ".ckpt.pt.partial"
-            gpt.save_file(trial, run.config, run.model, **parts)
-            for old in (path, path.with_name("log.csv"), trial):
-                old.unlink(missing_ok=True)
-            if not row:  # no model.pt takes the place of the old one yet
-                model.unlink(missing_ok=True)
-        if row and (row["val_loss"] < run.kept or not model.exists()):
-            gpt.save_file(model, run.config, run.model, **row)
-            run.kept = row["val_loss"]
-        try:
-            if state.log:
-                write_log(path.with_name("log.csv"), state.log)
-            write_record(run)
-        except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
-            notice(f"log.csv or run.json is not written: {problem.strerror}")
-        gpt.save_file(path, run.config, run.model, **parts)
-    run.replaces = False
-    run.ranks.gather(None)
-    run.saved_at = time.monotonic()
-
-
-def restore(run: Run, checkpoint: dict) -> None:
-    """The inverse of `save_checkpoint`. UserError if the data is not what the run began with."""
-    path, old = run.out_dir / "ckpt.pt", Config(**checkpoint["config"])
-    try:
-        if checkpoint["data"] != hashes(run.meta):
-            raise UserError(f"the data in {run.config.data_dir} has changed since this run began: "
-                            "resume with the data it was trained on")
-        gpt.load_weights(run.model, checkpoint["model"], path)
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        if run.scaler.is_enabled() and checkpoint["scaler"]:
-            run.scaler.load_state_dict(checkpoint["scaler"])
-        run.state = State(**checkpoint["state"])
-    except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{path} does not hold a run of this version ({one_line(problem)[:80]}): "
-                        "name another --out_dir") from None
-    run.begun -= run.state.seconds
-    # A model.pt that did not come along, is damaged or another run's gives way to the next one.
-    if run.is_main:
-        with contextlib.suppress(UserError, OSError):
-            kept = gpt.load_file(path.with_name("model.pt")).get("val_loss")
-            if any(row["val_loss"] == kept for row in run.state.log):
-                run.kept = kept
-    then, now = schedule_of(old), schedule_of(run.config)
-    if then != now:
-        run.say(f"warning: the learning rate's schedule changes: {now}, not {then}")
-
-
-def schedule_of(config: Config) -> str:
-    return f"warmup {config.warmup} and decay until iteration {config.decay_iters}"
-
-
-def hashes(meta: dict) -> dict[str, str]:
-    return {name: split["sha256"] for name, split in meta["splits"].items()}
-
-
-def write_log(path: Path, log: list[Row]) -> None:
-    lines = [",".join(log[0])]
-    lines += [",".join(f"{value:.10g}" for value in row.values()) for row in log]
-    with atomic_write(path) as partial:
-        partial.write_text("\n".join(lines) + "\n")
-
-
-def versions_of(device: torch.device) -> dict:
-    """What a run is made with."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    commit = None
-    with contextlib.suppress(OSError):  # there is no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    return dict(python=platform.python_version(), pytorch=torch.__version__,
-                device=device_name(device), commit=commit)
-
-
-def write_record(run: Run, final: Row | None = None) -> None:
-    """run.json: what this run is and how far it has come, for people and plots.loss_curve."""
-    config, state, best = run.config, run.state, run.state.best()
-    tokens = {name: split["tokens"] for name, split in run.meta["splits"].items()}
-    record = dict(
-        settings=dataclasses.asdict(config), differs=differences(config),
-        data=dict(name=config.dataset, hashes=hashes(run.meta), tokens=tokens),
-        versions=run.versions,
-        tokens=state.iteration * config.tokens_per_iteration, seconds=state.seconds,
-        best=best and dict(iteration=best["iteration"], val_loss=best["val_loss"]), final=final)
-    with atomic_write(run.out_dir / "run.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------- What is seen of a run
@@ -974,20 +1046,19 @@ class Progress:
     """The bar, a line per evaluation, the plot; and how fast the steps between evaluations are."""
 
     def __init__(self, run: Run):
-        self.run, self.events = run, None
-        self.shown_at, self.drawn_at = 0.0, time.monotonic()
+        self.run, self.plot, self.events = run, Plot(run), None
+        self.shown_at = 0.0
         self.bar = new_bar(
             total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
             smoothing=0,  # the time left follows from the average speed, evaluations included
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
                        "{remaining} left{postfix}")
-        if run.config.tensorboard and run.is_main:
-            last = run.state.log[-1]["iteration"] if run.state.log else 0
-            self.events = import_tensorboard()(run.out_dir, purge_step=last + 1)
-        if run.is_main and not plot_path(run.config).exists():
-            draw(run)  # empty as it is, it shows whether drawing works
+        if run.is_main and run.config.tensorboard:
+            self.events = Events(run)
+        if run.is_main and not self.plot.path.exists():
+            self.plot.draw()  # without a loss as yet, it shows whether drawing works
         self.begin_lap()
-        self.start = self.lap
+        self.first_lap = self.lap
 
     def close(self) -> None:
         self.bar.close()
@@ -995,75 +1066,97 @@ class Progress:
             self.events.close()
 
     def begin_lap(self) -> None:
+        """Begins to measure the speed from here on."""
         self.run.loss.item()  # wait for the device
         self.lap = (self.run.state.iteration, time.monotonic())
 
     def tokens_per_second(self) -> float:
-        """How fast the steps since `begin_lap` were; if there are none, those since the start."""
+        """How fast the steps of this lap were; if there are none yet, those since the start."""
         self.run.loss.item()
-        begin, begun = self.start if self.lap[0] == self.run.state.iteration else self.lap
-        iterations = self.run.state.iteration - begin
-        seconds = max(time.monotonic() - begun, 1e-3)  # some clocks tick seldom
-        return iterations * self.run.config.tokens_per_iteration / seconds
+        nothing_yet = self.lap[0] == self.run.state.iteration
+        iteration, at = self.first_lap if nothing_yet else self.lap
+        tokens = (self.run.state.iteration - iteration) * self.run.config.tokens_per_iteration
+        return tokens / max(time.monotonic() - at, 1e-3)  # some clocks tick seldom
 
     def show(self) -> None:
         """After a step: the bar, and at most once a second the figures behind it."""
         run, state = self.run, self.run.state
         self.bar.update(state.iteration - self.bar.n)
-        if self.lap == self.start:
-            self.begin_lap()  # the first step is no measure of the others
+        only_one_step_so_far = self.lap is self.first_lap
+        if only_one_step_so_far:
+            self.begin_lap()  # without it: the first step is no measure of the others
         elif time.monotonic() - self.shown_at > 1:
             rate = learning_rate_at(run.config, state.iteration - 1)
             self.bar.set_postfix_str(f"loss {run.loss.item():.3f}, lr {rate:.2e}, "
                                      f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
             self.shown_at = time.monotonic()
 
-    def tell(self, row: Row) -> None:
-        """An evaluation: a line, events for TensorBoard, and the plot at most every 10 s."""
+    def add(self, row: Row) -> None:
+        """After an evaluation: a line, events for TensorBoard, and from time to time the plot."""
         if self.run.is_main:
             tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
                        f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
                        f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
             if self.events:
-                with contextlib.suppress(OSError):  # a full disk, say: log.csv will tell
-                    for name, value in row.items():
-                        self.events.add_scalar(name, value, row["iteration"])
-            if time.monotonic() - self.drawn_at > 10:  # drawing takes half a second
-                draw(self.run)
-                self.drawn_at = time.monotonic()
+                self.events.add(row)
+            if time.monotonic() - self.plot.drawn_at > 10:  # drawing takes half a second
+                self.plot.draw()
         self.begin_lap()
+
+
+class Events:
+    """The log as TensorBoard reads it, in files in out_dir."""
+
+    def __init__(self, run: Run):
+        last = run.state.log[-1]["iteration"] if run.state.log else 0
+        self.writer = import_tensorboard()(run.folder.path, purge_step=last + 1)
+        self.close = self.writer.close
+
+    def add(self, row: Row) -> None:
+        with contextlib.suppress(OSError):  # a full disk, say: log.csv will tell
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, row["iteration"])
 
 
 def import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception as problem:  # it is missing, or does not fit its own packages
-        reason = one_line(problem)[:100]
-        raise UserError(f"--tensorboard true does not work here ({reason}): "
+        raise UserError(f"--tensorboard true does not work here ({one_line(problem)[:100]}): "
                         "pip install -U tensorboard") from None
     return SummaryWriter
 
 
+class Plot:
+    """The picture of a run's losses, and of its learning rate as it was and as it is planned.
+
+    A picture that cannot be drawn never ends a run: one notice says so.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.drawn_at, self.failed = run, time.monotonic(), False
+        self.path = plot_path(run.config)
+
+    def draw(self) -> bool:
+        """Whether it has been drawn."""
+        config, log = self.run.config, self.run.state.log
+        last = log[-1]["iteration"] if log else config.max_iters
+        planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
+        title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
+        try:
+            draw_run(self.path, title, log, planned, published=config.preset == "reference")
+        except Exception as error:  # of many kinds: matplotlib, its settings, the disk
+            if not self.failed:
+                reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+                notice(f"no picture, training goes on: {reason}")
+            self.failed = True
+            return False
+        self.drawn_at = time.monotonic()
+        return True
+
+
 def plot_path(config: Config) -> Path:
     return Path(config.plot_dir) / f"{Path(config.out_dir).resolve().name}.png"
-
-
-def draw(run: Run) -> None:
-    """The run's curves: losses, and the learning rate as it is planned now and as it was.
-
-    A picture that cannot be drawn ends no run: a notice says so, once.
-    """
-    config, log = run.config, run.state.log
-    last = log[-1]["iteration"] if log else config.max_iters
-    planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
-    title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
-    try:
-        draw_run(plot_path(config), title, log, planned, published=config.preset == "reference")
-        run.undrawn = False
-    except Exception as error:  # of many kinds: matplotlib, its settings, the disk
-        if not run.undrawn:
-            notice(f"no picture, training goes on: {type(error).__name__}: {one_line(error)[:150]}")
-        run.undrawn = True
 
 
 # --------------------------------------------------------------------------------------- The end
@@ -1071,19 +1164,19 @@ def draw(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """The plot, the best weights scored on the validation split, a short story."""
-    path, config = run.out_dir / "model.pt", run.config
+    path, config = run.folder.model, run.config
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
-    if run.is_main:
-        draw(run)
-    plot = "" if run.undrawn else f" and {plot_path(config)}"
-    run.say(f"wrote {path} (the best weights, iteration {best['iteration']:,}){plot}")
+    plot = Plot(run)
+    drawn = run.is_main and plot.draw()
+    run.notice(f"wrote {path} (the best weights, iteration {best['iteration']:,})"
+               + (f" and {plot.path}" if drawn else ""))
     # A forward pass is a third of an iteration: with a fifth of the tokens, 7 % of the time.
     tokens = run.state.iteration * config.tokens_per_iteration
     final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])], most=tokens // 5)
-    run.say(in_words(final))
+    run.notice(in_words(final))
     if run.is_main:
-        write_record(run, final)
+        run.folder.write_record(run, final)
         notice("a story from it:\n")
         tell_story(run)
 
@@ -1165,7 +1258,7 @@ def score_only(overrides: dict) -> None:
         text = f"the whole validation split of {config.data_dir}"
         run = Run(config, open_data(config, overrides), ranks, source)
         final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
-    run.say(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
+    run.notice(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
     if run.is_main:
         print(in_words(final))
 
