@@ -330,13 +330,19 @@ ALIASES = dict(
     max_steps="max_iters", batch="batch_size", ctx="block_size", seq_len="block_size",
     wd="weight_decay", grad_accum="gradient_accumulation_steps", data="data_dir",
     output_dir="out_dir", wandb="tensorboard", model="checkpoint", n="num_samples",
-    length="max_new_tokens",
+    length="max_new_tokens", eval_iters="eval_windows", wandb_log="tensorboard",
 )
+FLAGS_OF = {  # flags that belong to one script, for those who type them behind another
+    "prepare_data.py": ("val_dataset", "val_fraction", "separator", "num_threads"),
+    "sample.py": ("prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p",
+                  "save_hf"),
+    "train.py": tuple(field.name for field in dataclasses.fields(Config)),
+}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the known word that looks most like `word`; '' if none does."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    """', did you mean X?' for the known word that looks most like `word`; '' if none is close."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f", did you mean {found[0]}?" if found else ""
 
 
@@ -360,7 +366,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             name = flag.lstrip("-").replace("-", "_")
-            guess = nearest("--" + ALIASES.get(name, name), self._option_string_actions)
+            known = [option.removeprefix("--") for option in self._option_string_actions]
+            guess = nearest(ALIASES.get(name, name), known).replace("mean ", "mean --")
+            for script, names in FLAGS_OF.items():
+                if name in names:
+                    guess = f", which is a flag of {script}"
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
 
@@ -391,6 +401,9 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except UserError as mistake:
         line = str(mistake)
+        other_rank = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+        if other_rank and not line.startswith("rank "):  # the same on all: local rank 0 says it
+            sys.exit(2)
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         line = str(problem.strerror or problem)
         place = problem.filename2 or problem.filename  # of a rename, where it goes to

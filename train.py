@@ -68,6 +68,7 @@ MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "che
 # smaller than the model's.
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run cannot recover
+MANY_EPOCHS = 20  # a run that is longer is warned
 
 
 def main(argv: list[str]) -> None:
@@ -79,29 +80,33 @@ def main(argv: list[str]) -> None:
         run = resumed_run(folder, overrides)
     else:
         run = new_run(folder, overrides, mode)
-    check_ranks_agree(run)
-    flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
-    if is_finished(run.config, run.state):
-        run.notice(f"the run in {folder.path} is finished, at iteration {run.state.iteration:,}; "
-                   f"to score it again: python train.py --eval_only {flag}")
-        return
-    for line in description(run):
-        run.notice(line)
-    compile_model(run)  # before the folder is taken: if it fails, nothing old has been touched
-    if run.is_main:
-        folder.take(replaces=mode == "overwrite")
-    with run.stop:
-        try:
-            train(run)
-            finish(run)
-        except Stopped as stopped:
-            if is_finished(run.config, run.state):
-                run.notice(f"not scored; to score it: python train.py --eval_only {flag}")
-            else:
-                save_checkpoint(run)
-                run.notice(f"stopped at iteration {run.state.iteration:,}; go on with: "
-                           f"python train.py --resume {flag}")
-            sys.exit(128 + stopped.args[0])  # as a shell reports a signal
+    with run.ranks.named_in_errors():
+        check_ranks_agree(run)
+        flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
+        if is_finished(run.config, run.state):
+            run.notice(f"the run in {folder.path} is finished, at iteration "
+                       f"{run.state.iteration:,}; to score it again: "
+                       f"python train.py --eval_only {flag}")
+            return
+        for line in description(run):
+            run.notice(line)
+        compile_model(run)  # before the folder is taken: if it fails, nothing old was touched
+        if run.is_main:
+            folder.take(replaces=mode == "overwrite")
+        with run.stop:
+            try:
+                train(run)
+                finish(run)
+            except Stopped as stopped:
+                if is_finished(run.config, run.state):
+                    run.notice(f"not scored; to score it: python train.py --eval_only {flag}")
+                else:
+                    save_checkpoint(run)
+                    run.notice(f"stopped at iteration {run.state.iteration:,}; go on with: "
+                               f"{run.ranks.command} --resume {flag}")
+                sys.exit(128 + stopped.args[0])  # as a shell reports a signal
+        if run.is_main:
+            tell_story(run)
 
 
 def parse_command_line(argv: list[str]) -> tuple[dict, str]:
@@ -176,25 +181,34 @@ def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
     UserError if the device or the data is not there, or not what was asked for.
     """
     ranks = Ranks(prepare_device(config))
-    if config.tensorboard:
-        import_tensorboard()  # fails here if it does not work
-    # Only a new run prepares its data; several processes would all do so at once.
-    if not resumed and ranks.size == 1 and not Path(config.data_dir, "meta.json").exists():
-        guess = ""
-        if "data_dir" in overrides and "dataset" not in overrides:  # it may be misspelt
-            prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
-            guess = nearest(config.data_dir, prepared)
-        notice(f"no prepared data in {config.data_dir}{guess}: preparing {config.dataset}")
+    with ranks.named_in_errors():
+        if config.tensorboard:
+            import_tensorboard()  # fails here if it does not work
+        if not resumed and not Path(config.data_dir, "meta.json").exists():
+            prepare_missing(config, overrides, ranks)
+        meta = open_data(config, overrides)
+        if not resumed and "dataset" in overrides:
+            data.check_unchanged(meta, config.data_dir)
+        config = dataclasses.replace(config, dataset=meta["dataset"])
+        if config.max_epochs is not None:
+            tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
+            length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
+            # Config checks its schedule only where max_epochs is None.
+            schedule = dataclasses.replace(config, max_iters=length, max_epochs=None)
+            config = dataclasses.replace(schedule, max_epochs=config.max_epochs)
+        return Run(config, meta, ranks, source)
+
+
+def prepare_missing(config: Config, overrides: dict, ranks: "Ranks") -> None:
+    """Prepares the data of a new run. UserError where it is not certain what belongs there."""
+    if "data_dir" in overrides and "dataset" not in overrides:
+        prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
+        guess = nearest(config.data_dir, prepared)
+        # `load_meta` says how to prepare it, or what is missing there.
+        notice(f"nothing prepared in {config.data_dir}{guess}")
+    elif ranks.size == 1:  # several processes would all do so at once
+        notice(f"no prepared data in {config.data_dir}: preparing {config.dataset}")
         data.prepare(config.dataset, config.data_dir)
-    meta = open_data(config, overrides)
-    config = dataclasses.replace(config, dataset=meta["dataset"])
-    if config.max_epochs is not None:
-        tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
-        length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-        # Config checks its schedule only where max_epochs is None.
-        schedule = dataclasses.replace(config, max_iters=length, max_epochs=None)
-        config = dataclasses.replace(schedule, max_epochs=config.max_epochs)
-    return Run(config, meta, ranks, source)
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -285,7 +299,7 @@ def description(run: "Run") -> list[str]:
     config, tokens = run.config, len(run.tokens["train"])
     length = config.max_iters * config.tokens_per_iteration
     steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
-    size = config.tokens_per_iteration * config.gradient_accumulation_steps
+    size = min(config.tokens_per_iteration * config.gradient_accumulation_steps, length)
     changes = ", ".join(f"{name} {value}" for name, value in differences(config).items())
     lines = [
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
@@ -297,6 +311,16 @@ def description(run: "Run") -> list[str]:
         f"sequences in an iteration; seed {config.seed}; differs from the preset: "
         f"{changes or 'nothing'}",
     ]
+    last = learning_rate_at(config, config.max_iters - 1)
+    if config.warmup >= config.max_iters:
+        lines.append(f"warning: the warmup of {config.warmup:,} iterations is longer than the run: "
+                     f"the rate only reaches {last:.2g}")
+    elif config.decay_iters > config.max_iters:
+        lines.append(f"the decay goes on until iteration {config.decay_iters:,}, behind the run's "
+                     f"end: the rate only reaches {last:.2g}")
+    if length > MANY_EPOCHS * tokens:
+        lines.append(f"warning: each story is seen {length / tokens:,.0f} times: fewer iterations, "
+                     "--dropout 0.1 or --init_from a trained model keep it from learning by heart")
     if run.state.iteration:
         lines.append(f"going on from iteration {run.state.iteration:,}")
     return lines
@@ -333,10 +357,15 @@ def resumed_run(folder: "RunFolder", overrides: dict) -> "Run":
     """
     checkpoint = folder.read_checkpoint()
     old = gpt.config_of(checkpoint, folder.ckpt)
-    run = open_run(changed_config(old, overrides, folder), overrides, resumed=True)
+    config = changed_config(old, overrides, folder)
+    if not Path(config.data_dir, "meta.json").exists():
+        raise UserError(f"the data of this run is not in {config.data_dir} any more: say where it "
+                        "is now with --data_dir")
+    run = open_run(config, overrides, resumed=True)
     if checkpoint.get("data") != hashes(run.meta):
-        raise UserError(f"the data in {run.config.data_dir} has changed since this run began: "
-                        "resume with the data it was trained on")
+        raise UserError(f"the data in {config.data_dir} has changed since this run began: resume "
+                        "with the data it was trained on (--data_dir), or begin a new run from "
+                        f"this model (--init_from {folder.ckpt} and another --out_dir)")
     run.folder = folder
     restore(run, checkpoint)
     then, now = schedule_of(old), schedule_of(run.config)
@@ -354,10 +383,9 @@ def changed_config(old: Config, overrides: dict, folder: "RunFolder") -> Config:
     refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
                if name not in MAY_CHANGE and value != getattr(old, name)]
     if refused:
-        raise UserError(f"a resumed run cannot change {', '.join(refused)}: train anew in another "
-                        "--out_dir")
-    notice(f"resuming {folder.ckpt}: its settings hold, whatever config.py says now; flags may "
-           f"change {', '.join(MAY_CHANGE)}")
+        raise UserError(f"a resumed run cannot change {', '.join(refused)}, only "
+                        f"{', '.join(MAY_CHANGE)}: train anew in another --out_dir")
+    notice(f"resuming {folder.ckpt} with the settings it began with")
     return dataclasses.replace(old, **changes)
 
 
@@ -371,6 +399,7 @@ def save_checkpoint(run: "Run", row: Row | None = None) -> None:
     After an evaluation, its `row` joins the log; log.csv and, if the row is the best so far,
     model.pt are written too.
     """
+    run.check_gradients()
     if row:
         run.state.log.append(row)
     if run.is_main:
@@ -509,10 +538,15 @@ def hashes(meta: dict) -> dict[str, str]:
 
 def versions_of(device: torch.device) -> dict:
     """What a run is made with."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    def git(*words: str) -> str:
+        command = ["git", "-C", Path(__file__).parent, *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     commit = None
     with contextlib.suppress(OSError):  # there is no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = git("rev-parse", "HEAD") or None
+        if commit and git("status", "--porcelain", "--untracked-files=no"):
+            commit += "-dirty"
     return dict(python=platform.python_version(), pytorch=torch.__version__,
                 device=device_name(device), commit=commit)
 
@@ -529,6 +563,7 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.rank, self.size, self.device = 0, 1, device
+        self.command = "python train.py"  # what starts as many processes again
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         values = [os.environ.get(name) for name in names]
         if not all(values):  # one of them alone is left from something else
@@ -537,8 +572,10 @@ class Ranks:
             self.rank, self.size, local = map(int, values[:3])
             if not 0 <= self.rank < self.size:  # they would wait for each other for ten minutes
                 raise ValueError(f"RANK {self.rank} does not fit WORLD_SIZE {self.size}")
+            self.command = f"torchrun --standalone --nproc_per_node={self.size} train.py"
             if device.type == "cuda":
-                self.device = gpt.pick_device(f"cuda:{local}")
+                with self.named_in_errors():
+                    self.device = gpt.pick_device(f"cuda:{local}")
                 torch.cuda.set_device(self.device)
             # On GPUs the gradients go through NCCL; what the processes tell each other, Gloo.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -546,6 +583,19 @@ class Ranks:
         except (RuntimeError, ValueError) as problem:
             raise UserError(f"the ranks cannot meet ({one_line(problem)[:80]}): start with "
                             f"torchrun, or unset {', '.join(names)}") from None
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Of several ranks, the one that has a UserError names itself in it.
+
+        `cli` prints an error that names no rank, being the same on all, only once.
+        """
+        try:
+            yield
+        except UserError as problem:
+            if self.size == 1 or str(problem).startswith("rank "):
+                raise
+            raise UserError(f"rank {self.rank}: {problem}") from problem
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """This rank's part of the items, as even as can be; some get none if they are few."""
@@ -737,6 +787,7 @@ class State:
     grad_norm: Tensor = torch.zeros(())  # of the last step
     skipped_updates: Tensor = torch.zeros(())  # steps whose gradient was not finite
     skipped_in_a_row: Tensor = torch.zeros(())
+    most_skipped_in_a_row: Tensor = torch.zeros(())
     log: list[Row] = dataclasses.field(default_factory=list)
 
     def best(self) -> Row | None:
@@ -897,14 +948,22 @@ class Run:
             notice(line)
 
     def fail(self, reason: str) -> NoReturn:
-        path = self.folder.ckpt
-        last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
-        raise UserError(f"{reason}: try a lower learning_rate; {last}")
+        """UserError with what can be done about a run that has diverged."""
+        config, lower = self.config, self.config.learning_rate / 3
+        advice = f"train with a lower learning rate (--learning_rate {lower:.2g})"
+        if self.folder.ckpt.exists() and not self.folder.replaces:
+            words = ["--preset", config.preset, "--data_dir", config.data_dir, "--init_from",
+                     str(self.folder.ckpt), "--learning_rate", f"{lower:.2g}", "--out_dir",
+                     f"{config.out_dir}_lower"]
+            advice = f"go on from the last good weights: {self.ranks.command} {shlex.join(words)}"
+        raise UserError(f"{reason}: {advice}")
 
     def check_gradients(self) -> None:
-        """UserError if no step gets through any more."""
-        if self.state.skipped_in_a_row >= MAX_SKIPPED:
-            self.fail(f"the gradient has not been finite for {MAX_SKIPPED} steps")
+        """UserError if no step gets through any more. To read the count, the CPU waits for a GPU:
+        so it is looked at every tenth step and before a checkpoint, on all ranks alike.
+        """
+        if self.state.most_skipped_in_a_row >= MAX_SKIPPED:
+            self.fail(f"the gradient was not finite in {MAX_SKIPPED} steps in a row")
 
     @contextlib.contextmanager
     def arithmetic(self, compiled: bool = True) -> Iterator[None]:
@@ -981,6 +1040,8 @@ class Run:
         self.scaler.update()
         state.skipped_updates = state.skipped_updates + skip
         state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skip  # one more, or back to 0
+        state.most_skipped_in_a_row = torch.maximum(state.most_skipped_in_a_row,
+                                                    state.skipped_in_a_row)
 
 
 def train(run: Run) -> None:
@@ -1002,7 +1063,6 @@ def train(run: Run) -> None:
             # One step of the optimizer.
             run.step()
             progress.show()
-            # Every tenth step, on all ranks alike: to read the count, the CPU waits for a GPU.
             if state.iteration // config.gradient_accumulation_steps % MAX_SKIPPED == 0:
                 run.check_gradients()
             # A checkpoint by the clock: also before an evaluation, which may take long.
@@ -1018,7 +1078,6 @@ def evaluate(run: Run, iteration: int, tokens_per_second: float) -> Row:
               for split, tokens in run.tokens.items()}
     if not all(map(math.isfinite, losses.values())):
         run.fail(f"the loss at iteration {iteration} is not finite")
-    run.check_gradients()
     return dict(
         iteration=iteration, tokens=state.iteration * config.tokens_per_iteration,
         train_loss=losses["train"], val_loss=losses["val"],
@@ -1163,7 +1222,7 @@ def plot_path(config: Config) -> Path:
 
 
 def finish(run: Run) -> None:
-    """The plot, the best weights scored on the validation split, a short story."""
+    """The plot, and the best weights scored on the validation split."""
     path, config = run.folder.model, run.config
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
@@ -1177,8 +1236,6 @@ def finish(run: Run) -> None:
     run.notice(in_words(final))
     if run.is_main:
         run.folder.write_record(run, final)
-        notice("a story from it:\n")
-        tell_story(run)
 
 
 def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.maxsize) -> dict:
@@ -1216,8 +1273,8 @@ def measures(loss: float, scored: int, counts: dict) -> dict:
                 tokens_scored=scored, tokens=counts["tokens"])
 
 
-def in_words(final: dict) -> str:
-    line = (f"validation loss {final['val_loss']:.4f}, perplexity "
+def in_words(final: dict, name: str = "validation loss") -> str:
+    line = (f"{name} {final['val_loss']:.4f}, perplexity "
             f"{final['perplexity'] or math.inf:.2f}, {final['bits_per_byte']:.4f} bits per byte")
     if final["tokens_scored"] < final["tokens"] - 1:
         line += f", on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
@@ -1226,6 +1283,7 @@ def in_words(final: dict) -> str:
 
 def tell_story(run: Run) -> None:
     """A short story on stdout, with the temperature and top_k that sample.py has by default."""
+    notice("a story from it:\n")
     prompt, end = "Once upon a time", data.END_OF_TEXT
     ids = torch.tensor(data.encode_text(prompt).tolist(), device=run.device)[None]
     torch.manual_seed(run.config.seed)
@@ -1246,21 +1304,25 @@ def score_only(overrides: dict) -> None:
     source = load_source(path)
     # The run's own settings and data, but the device at hand; what is typed wins.
     fresh = dict(device="auto", dtype="auto", device_batch_size=None)
+    if "init_from" in overrides and "preset" in overrides:  # the preset says which data
+        preset = Config.from_preset(overrides["preset"])
+        fresh |= dict(dataset=preset.dataset, data_dir=preset.data_dir)
     if "dataset" in overrides:
         fresh["data_dir"] = None  # its own folder
     changes = fresh | overrides | architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
     ranks, text = Ranks(prepare_device(config)), overrides.get("dataset")
-    if text and data.is_path(text) and "data_dir" not in overrides:
-        run = Run(config, {"splits": {}}, ranks, source)
-        final = score(run, data.stream_ids(text))
-    else:
-        text = f"the whole validation split of {config.data_dir}"
-        run = Run(config, open_data(config, overrides), ranks, source)
-        final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
+    with ranks.named_in_errors():
+        if text and data.is_path(text) and "data_dir" not in overrides:
+            run, name = Run(config, {"splits": {}}, ranks, source), "loss"
+            final = score(run, data.stream_ids(text))
+        else:
+            text, name = f"the whole validation split of {config.data_dir}", "validation loss"
+            run = Run(config, open_data(config, overrides), ranks, source)
+            final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
     run.notice(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
     if run.is_main:
-        print(in_words(final))
+        print(in_words(final, name))
 
 
 if __name__ == "__main__":
