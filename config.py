@@ -332,12 +332,11 @@ ALIASES = dict(
     output_dir="out_dir", wandb="tensorboard", model="checkpoint", n="num_samples",
     length="max_new_tokens", eval_iters="eval_windows", wandb_log="tensorboard",
 )
-FLAGS_OF = {  # flags that belong to one script, for those who type them behind another
-    "prepare_data.py": ("val_dataset", "val_fraction", "separator", "num_threads"),
-    "sample.py": ("prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p",
-                  "save_hf"),
-    "train.py": tuple(field.name for field in dataclasses.fields(Config)),
-}
+# Flags of one script that people type behind another.
+FLAG_OF = dict(
+    val_fraction="prepare_data.py", val_dataset="prepare_data.py", separator="prepare_data.py",
+    prompt="sample.py", temperature="sample.py", top_k="sample.py", learning_rate="train.py",
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -368,9 +367,8 @@ class Parser(argparse.ArgumentParser):
             name = flag.lstrip("-").replace("-", "_")
             known = [option.removeprefix("--") for option in self._option_string_actions]
             guess = nearest(ALIASES.get(name, name), known).replace("mean ", "mean --")
-            for script, names in FLAGS_OF.items():
-                if name in names:
-                    guess = f", which is a flag of {script}"
+            if name in FLAG_OF:
+                guess = f", which is a flag of {FLAG_OF[name]}"
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
 
