@@ -13,9 +13,11 @@ import difflib
 import errno
 import functools
 import io
+import itertools
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -192,7 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Prepare, train and sample in a minute or two on two CPU cores: a small model, toy stories.
     "demo": dict(
         dataset="toy", n_layer=3, n_head=4, n_embd=96, dropout=0.0, crops="shuffled",
-        init="fan_in", batch_size=8, gradient_accumulation_steps=1, max_iters=240, eval_interval=60,
+        init="fan_in", batch_size=8, gradient_accumulation_steps=1, max_iters=240, eval_interval=20,
         eval_windows=64, learning_rate=3e-3, min_lr=0.0,
         warmup_iters=20, warmup_start_factor=0.02, beta2=0.99, eps=1e-8, grad_clip=1.0,
     ),
@@ -349,7 +351,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, one-line errors, and a guess at what was meant."""
 
     def __init__(self, description: str, **options: Any):
-        super().__init__(description=description, allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         # A flag's value may be any negative number ("-1e-4" too): its limits answer it.
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
@@ -441,6 +444,24 @@ def notice(line: str) -> None:
 
 def one_line(message: object) -> str:
     return " ".join(str(message).split())
+
+
+def wrapped(pieces: Iterable[str], stream: Any) -> Iterator[str]:
+    """The pieces of a text as they come, for `stream`: a terminal gets line ends between words,
+    where the next word would not fit; a file or a pipe gets the text unchanged.
+    """
+    if not stream.isatty():
+        yield from pieces
+        return
+    width, column, rest = shutil.get_terminal_size().columns - 1, 0, ""
+    for piece in itertools.chain(pieces, [" "]):
+        # Each word has its white space before it. The last one may go on in the next piece.
+        *words, rest = re.split(r"(?=\s)", rest + piece)
+        for word in words:
+            if column + len(word) > width:
+                word = "\n" + word.lstrip(" ")
+            column = len(word) - 1 if word.startswith("\n") else column + len(word)
+            yield word
 
 
 def lock_folder(folder: Path) -> int | None:

@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +46,7 @@ from config import (  # first: it sets what torch reads when it is imported
     nearest,
     notice,
     one_line,
+    wrapped,
 )
 
 import numpy as np
@@ -69,6 +72,10 @@ MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "che
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run cannot recover
 MANY_EPOCHS = 20  # a run that is longer is warned
+EXAMPLES = """examples:
+  python train.py --preset demo
+  python train.py --preset tuned --data_dir data/my_stories --max_iters 2000
+  python train.py --resume --out_dir out/tuned --max_iters 4000"""
 
 
 def main(argv: list[str]) -> None:
@@ -85,8 +92,8 @@ def main(argv: list[str]) -> None:
         flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
         if is_finished(run.config, run.state):
             run.notice(f"the run in {folder.path} is finished, at iteration "
-                       f"{run.state.iteration:,}; to score it again: "
-                       f"python train.py --eval_only {flag}")
+                       f"{run.state.iteration:,}; to score it again:\n"
+                       f"    python train.py --eval_only {flag}")
             return
         for line in description(run):
             run.notice(line)
@@ -99,11 +106,11 @@ def main(argv: list[str]) -> None:
                 finish(run)
             except Stopped as stopped:
                 if is_finished(run.config, run.state):
-                    run.notice(f"not scored; to score it: python train.py --eval_only {flag}")
+                    run.notice(f"not scored; to score it:\n    python train.py --eval_only {flag}")
                 else:
                     save_checkpoint(run)
-                    run.notice(f"stopped at iteration {run.state.iteration:,}; go on with: "
-                               f"{run.ranks.command} --resume {flag}")
+                    run.notice(f"stopped at iteration {run.state.iteration:,}; to go on:\n"
+                               f"    {run.ranks.command} --resume {flag}")
                 sys.exit(128 + stopped.args[0])  # as a shell reports a signal
         if run.is_main:
             tell_story(run)
@@ -111,7 +118,11 @@ def main(argv: list[str]) -> None:
 
 def parse_command_line(argv: list[str]) -> tuple[dict, str]:
     """The settings that were typed, and the mode: resume, overwrite, eval_only or ''."""
-    parser = Parser("Trains the GPT. Every setting of config.py is a flag.")
+    parser = Parser(
+        "Trains the GPT. Every setting of config.py is a flag.\n"
+        "`--preset P --help` shows the defaults of the preset P.",
+        usage="python train.py [--preset P] [--SETTING VALUE ...]\n"
+              "                       [--resume | --overwrite | --eval_only]", epilog=EXAMPLES)
     modes = parser.add_mutually_exclusive_group()
     for mode, help in {
         "resume": "go on from out_dir/ckpt.pt, or begin if there is none",
@@ -304,23 +315,25 @@ def description(run: "Run") -> list[str]:
     lines = [
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
         f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
-        f"data: {config.data_dir} ({config.dataset}), {tokens:,} training tokens",
-        f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: {length:,} "
-        f"tokens in all, {length / tokens:.2f} epochs",
-        f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; {config.batch_size} "
-        f"sequences in an iteration; seed {config.seed}; differs from the preset: "
-        f"{changes or 'nothing'}",
+        f"{config.data_dir}: {tokens:,} training tokens",
+        f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: "
+        + (f"{length / 1e6:.1f} M" if length > 1e6 else f"{length:,}")
+        + (f", {length / tokens:.1f} epochs" if length > tokens else ""),
+        f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; seed {config.seed}",
     ]
+    if changes:
+        lines.append(textwrap.fill(f"changed: {changes}", 79, subsequent_indent="    "))
     last = learning_rate_at(config, config.max_iters - 1)
     if config.warmup >= config.max_iters:
-        lines.append(f"warning: the warmup of {config.warmup:,} iterations is longer than the run: "
-                     f"the rate only reaches {last:.2g}")
+        lines.append(f"warning: the warmup of {config.warmup:,} iterations is not shorter than the "
+                     f"run:\n    the rate only reaches {last:.2g}")
     elif config.decay_iters > config.max_iters:
-        lines.append(f"the decay goes on until iteration {config.decay_iters:,}, behind the run's "
-                     f"end: the rate only reaches {last:.2g}")
+        lines.append(f"the decay would end at iteration {config.decay_iters:,}, after the run: the "
+                     f"rate\n    only reaches {last:.2g}")
     if length > MANY_EPOCHS * tokens:
-        lines.append(f"warning: each story is seen {length / tokens:,.0f} times: fewer iterations, "
-                     "--dropout 0.1 or --init_from a trained model keep it from learning by heart")
+        lines.append(f"warning: every story is read {length / tokens:,.0f} times. Against "
+                     "overfitting: fewer\n    iterations, --dropout 0.1, or --init_from a trained "
+                     "model")
     if run.state.iteration:
         lines.append(f"going on from iteration {run.state.iteration:,}")
     return lines
@@ -1100,8 +1113,9 @@ def bits_per_byte(loss: float, split: dict) -> float:
 
 def new_bar(*args: Any, **options: Any) -> tqdm:
     """A tqdm bar: redrawn twice a second on a terminal, every 30 s in a file."""
+    unicode = "utf" in (getattr(sys.stderr, "encoding", "") or "").lower()
     return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-                **options)
+                ascii="·▏▎▍▌▋▊▉█" if unicode else True, **options)
 
 
 class Progress:
@@ -1109,12 +1123,12 @@ class Progress:
 
     def __init__(self, run: Run):
         self.run, self.plot, self.events = run, Plot(run), None
-        self.shown_at = 0.0
+        self.shown_at, total = 0.0, run.config.max_iters
+        width = len(f"{total:,}")
+        # tqdm prints `unit` as it is: `show` puts the figures there, in fields of fixed width.
         self.bar = new_bar(
-            total=run.config.max_iters, initial=run.state.iteration, disable=not run.is_main,
-            smoothing=0,  # the time left follows from the average speed, evaluations included
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} iterations, "
-                       "{remaining} left{postfix}")
+            total=total, initial=run.state.iteration, disable=not run.is_main, unit="",
+            bar_format=f"{{percentage:3.0f}}% {{bar}}  {{n:>{width},}}/{total:,}{{unit}}")
         if run.is_main and run.config.tensorboard:
             self.events = Events(run)
         if run.is_main and not self.plot.path.exists():
@@ -1148,17 +1162,19 @@ class Progress:
         if only_one_step_so_far:
             self.begin_lap()  # without it: the first step is no measure of the others
         elif time.monotonic() - self.shown_at > 1:
-            rate = learning_rate_at(run.config, state.iteration - 1)
-            self.bar.set_postfix_str(f"loss {run.loss.item():.3f}, lr {rate:.2e}, "
-                                     f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
+            # The time left follows from the average speed since the start, with evaluations.
+            begin, at = self.first_lap
+            pace = (time.monotonic() - at) / (state.iteration - begin)
+            left = tqdm.format_interval((run.config.max_iters - state.iteration) * pace)
+            self.bar.unit = (f"  {left.removeprefix('0'):>7} left  loss {run.loss.item():6.3f}"
+                             f"  {self.tokens_per_second():>7,.0f} tok/s")
             self.shown_at = time.monotonic()
 
     def add(self, row: Row) -> None:
         """After an evaluation: a line, events for TensorBoard, and from time to time the plot."""
         if self.run.is_main:
-            tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.4f}, "
-                       f"validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.3f} "
-                       f"bits per byte), {row['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+            tqdm.write(f"iteration {row['iteration']:,}: train loss {row['train_loss']:.3f}, "
+                       f"validation loss {row['val_loss']:.3f}", file=sys.stderr)
             if self.events:
                 self.events.add(row)
             if time.monotonic() - self.plot.drawn_at > 10:  # drawing takes half a second
@@ -1277,11 +1293,11 @@ def measures(loss: float, scored: int, counts: dict) -> dict:
 
 
 def in_words(final: dict, name: str = "validation loss") -> str:
-    line = (f"{name} {final['val_loss']:.4f}, perplexity "
-            f"{final['perplexity'] or math.inf:.2f}, {final['bits_per_byte']:.4f} bits per byte")
+    line = f"{name} {final['val_loss']:.4f}"
     if final["tokens_scored"] < final["tokens"] - 1:
-        line += f", on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
-    return line
+        line += f" on {final['tokens_scored']:,} of {final['tokens']:,} tokens"
+    return (f"{line}\nperplexity {final['perplexity'] or math.inf:.2f}, "
+            f"{final['bits_per_byte']:.4f} bits per byte")
 
 
 def tell_story(run: Run) -> None:
@@ -1293,7 +1309,8 @@ def tell_story(run: Run) -> None:
     with torch.compiler.set_stance("force_eager"):  # every token of a story has its own shape
         rows = gpt.generate(run.model.eval(), ids, 150, 0.8, top_k=50, end_of_text=end)
         tokens = (row.item() for row in rows)
-        print(prompt + "".join(gpt.stream_text(tokens, data.token_bytes(), end)))
+        pieces = gpt.stream_text(tokens, data.token_bytes(), end)
+        print("".join(wrapped(itertools.chain([prompt], pieces), sys.stdout)))
 
 
 def score_only(overrides: dict) -> None:
