@@ -458,8 +458,8 @@ def wrapped(pieces: Iterable[str], stream: Any) -> Iterator[str]:
         # Each word has its white space before it. The last one may go on in the next piece.
         *words, rest = re.split(r"(?=\s)", rest + piece)
         for word in words:
-            if column + len(word) > width:
-                word = "\n" + word.lstrip(" ")
+            if word.startswith(" ") and column + len(word) > width:
+                word = "\n" + word[1:]
             column = len(word) - 1 if word.startswith("\n") else column + len(word)
             yield word
 
