@@ -1,14 +1,19 @@
-"""What several test files share: fixtures, and plain helpers (`from conftest import snapshot`)."""
+"""What several test files share: fixtures, and helpers to import (`from conftest import snapshot`).
+
+The parts of train.py that its users do not see, but several tests do, are called from here.
+"""
 
 import contextlib
 import csv
 import io
+import operator
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,17 +57,15 @@ def run_script(
     folder: Path, *command: object, timeout: float = 120, **env: str
 ) -> SimpleNamespace:
     """A script of ours (`"train.py", "--resume"`), or Python's own arguments (`"-c", code`), in a
-    process in `folder`: status, stdout, stderr, seconds. No network; one thread, since several
-    that wait for each other starve on a busy machine.
+    process in `folder`: status, stdout, stderr. No network; one thread, since several that wait
+    for each other starve on a busy machine.
     """
     first, *rest = map(str, command)
     first = str(ROOT / first) if first.endswith(".py") else first  # an absolute path stays
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env
-    start = time.monotonic()
     done = subprocess.run([sys.executable, first, *rest], cwd=folder, env=env,
                           capture_output=True, text=True, timeout=timeout)
-    return SimpleNamespace(status=done.returncode, stdout=done.stdout, stderr=done.stderr,
-                           seconds=time.monotonic() - start)
+    return SimpleNamespace(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -86,20 +89,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def rows_of(log: Path) -> list[dict[str, float]]:
     """The rows of a log.csv."""
     with open(log, newline="") as file:
-        return [
-            {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
-def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """A log's rows without what no two runs have in common."""
-    return [
-        {name: value for name, value in row.items() if name not in TIMES} for row in rows
-    ]
+def log_of(out: Path) -> list[dict[str, float]]:
+    """The rows of the log in an out_dir, without what differs between two runs that do the same."""
+    rows = rows_of(out / "log.csv")
+    for row in rows:
+        for name in TIMES:
+            del row[name]
+    return rows
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Everything in a checkpoint by its path, but the times."""
+    """Everything in a checkpoint by its path, apart from the times."""
     if not isinstance(value, dict | list | tuple):
         return {} if name.endswith(TIMES) else {name: value}
     found: dict[str, Any] = {}
@@ -108,22 +112,35 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return found
 
 
+def check_same(ours: dict[str, Any], theirs: dict[str, Any], note: object = "") -> None:
+    """What two checkpoints hold, as `flat` gives it, is equal bit for bit."""
+    assert ours.keys() == theirs.keys(), note
+    for name, value in theirs.items():
+        equal = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+        assert equal(ours[name], value), (note, name)
+
+
 def check_equal(out: Path, other: Path) -> None:
     """Two out_dirs hold the same log and the same files, bit for bit, apart from times, and from
     the folders and lengths in their configs.
     """
-    ours, theirs = (without_times(rows_of(folder / "log.csv")) for folder in (out, other))
-    assert ours == theirs
+    assert log_of(out) == log_of(other)
     for file in ("model.pt", "ckpt.pt"):
         ours, theirs = (load_file(folder / file) for folder in (out, other))
         del ours["config"], theirs["config"]
-        ours, theirs = flat(ours), flat(theirs)
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(ours[name], value), (file, name)
-            else:
-                assert ours[name] == value, (file, name)
+        check_same(flat(ours), flat(theirs), file)
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    """Copies config.py to `folder` with other values of its constants, as people type them there:
+    fields of Config, or DEFAULT_PRESET.
+    """
+    text = (ROOT / "config.py").read_text()
+    for name, value in values.items():
+        text, found = re.subn(rf"(?m)^(    {name}: .* = (?:setting\()?|{name} = )[^,\s]+",
+                              lambda line, value=value: line[1] + repr(value), text)
+        assert found == 1, name
+    (folder / "config.py").write_text(text)
 
 
 # ---------------------------------------- Small runs of train.py in this process
@@ -149,14 +166,18 @@ def write_tales(path: Path, seed: int, count: int) -> list[str]:
     return tales
 
 
+def prepare_tales(folder: Path, seed: int, count: int = 300) -> Path:
+    """Prepares so many stories, and a twelfth of it for validation, in `folder`/data."""
+    write_tales(folder / "train.txt", seed, count)
+    write_tales(folder / "val.txt", seed + 1, count // 12)
+    prepare(str(folder / "train.txt"), folder / "data", str(folder / "val.txt"), num_threads=1)
+    return folder / "data"
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A small prepared dataset."""
-    folder = tmp_path_factory.mktemp("tales")
-    write_tales(folder / "train.txt", 0, 300)
-    write_tales(folder / "val.txt", 1, 25)
-    prepare(str(folder / "train.txt"), folder / "data", str(folder / "val.txt"), num_threads=1)
-    return folder / "data"
+    return prepare_tales(tmp_path_factory.mktemp("tales"), 0)
 
 
 @pytest.fixture
@@ -174,9 +195,17 @@ def tiny(data: Path, folder: Path, **changes) -> Config:
     return Config(**(TINY | folders | changes))
 
 
-def new_run(config: Config) -> train.Run:
+def new_run(config: Config, **options: Any) -> train.Run:
+    """A run that has not begun, or one from a `checkpoint` or a `source`; its folder is made."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    return train.start(config, {}, None)
+    return train.start(config, {}, **options)
+
+
+def save(run: train.Run, label: int = 0) -> dict[str, float] | None:
+    """Saves a checkpoint; before it, if it has a label, an evaluation, whose row is returned."""
+    row = train.evaluate(run, label, 1.0) if label else None
+    train.save_checkpoint(run, row)
+    return row
 
 
 def main(*argv: str, **flags) -> tuple[str, str]:
@@ -186,3 +215,18 @@ def main(*argv: str, **flags) -> tuple[str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         train.main(command)
     return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory) -> SimpleNamespace:
+    """A run of 18 iterations that came to its end. Read it only: this process holds its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    out = folder / "out" / "first"
+    flags = TINY | dict(data_dir=data, out_dir=out, plot_dir=folder / "plots")
+    stdout, stderr = main(**flags)
+    return SimpleNamespace(folder=folder, out=out, flags=flags, stdout=stdout, stderr=stderr)
+
+
+def copy_of(finished: SimpleNamespace, folder: Path) -> Path:
+    """Its out_dir in another folder, to work on."""
+    return shutil.copytree(finished.out, folder / "copy")

@@ -1,4 +1,4 @@
-"""One run on several processes: the same losses and weights, and nothing lost when one goes.
+"""Tests of one run on several processes: the same losses and weights, nothing lost when one goes.
 
 Where torchrun itself matters, it is torchrun that starts the processes. Elsewhere they are forked
 (see test_survival.py) with the environment that torchrun would give them, which is much faster.
@@ -13,22 +13,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import test_survival
-from conftest import ROOT
+from conftest import ROOT, log_of, prepare_tales
 from test_survival import (
     PATIENCE,
+    READ,
     SAVE_FILE,
     TINY,
+    UPDATE,
     Hook,
     Job,
     Result,
     at,
+    check_one_line,
     limit_files,
-    log_of,
-    prepare_tales,
     signal_self,
     wait_for,
     watch,
@@ -52,12 +54,7 @@ FEW = SHARED | dict(
 )
 
 
-no_process_is_left = test_survival.no_process_is_left
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    return prepare_tales(tmp_path_factory.mktemp("tales"))
+no_process_is_left = test_survival.no_process_is_left  # a fixture, here too
 
 
 def flags_of(settings: dict, data: Path, folder: Path) -> dict:
@@ -65,15 +62,14 @@ def flags_of(settings: dict, data: Path, folder: Path) -> dict:
 
 
 def run_alone(data: Path, folder: Path, settings: dict) -> Path:
+    """out_dir of the run of these settings on one process."""
     count = functools.partial(tally, folder / "tally")
-    result = Job(folder, hooks=(count,), **flags_of(settings, data, folder)).wait()
-    assert result.status == 0, result.err
+    wait_for_all([Job(folder, hooks=(count,), **flags_of(settings, data, folder))])
     return folder / "out"
 
 
 @pytest.fixture(scope="session")
 def alone(data, tmp_path_factory) -> Path:
-    """out_dir of the run of SHARED on one process."""
     return run_alone(data, tmp_path_factory.mktemp("alone"), SHARED)
 
 
@@ -83,21 +79,24 @@ def become(rank: int, size: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def fork_ranks(
     folder: Path, size: int, *argv: str,
-    hooks: Callable[[int], tuple[Hook, ...]] = lambda rank: (), **flags,
+    hooks: Callable[[int], tuple[Hook, ...]] = lambda rank: (), **flags: Any,
 ) -> list[Job]:
-    port, jobs = free_port(), []
+    """As many processes as `size` says; `hooks` are told the rank, and may be others on each."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]  # one that is free
+    jobs = []
     for rank in range(size):
         first = functools.partial(become, rank, size, port)
         jobs.append(Job(folder, *argv, hooks=(first, *hooks(rank)), **flags))
     return jobs
+
+
+def on_rank(number: int, *hooks: Hook) -> Callable[[int], tuple[Hook, ...]]:
+    """For `fork_ranks`: these hooks on one rank, none on the others."""
+    return lambda rank: hooks if rank == number else ()
 
 
 def wait_for_all(jobs: list[Job]) -> list[Result]:
@@ -109,7 +108,7 @@ def wait_for_all(jobs: list[Job]) -> list[Result]:
 def tally(path: Path) -> Callable[[], None]:
     """A hook: writes down how many sequences this process has read."""
     counts: list[int] = []
-    watch("read_batch", lambda _, split, starts, *rest: counts.append(len(starts)))
+    watch(READ, lambda _, split, starts, *rest: counts.append(len(starts)))
     return lambda: path.write_text(str(sum(counts)))
 
 
@@ -146,8 +145,11 @@ def check_agree(out: Path, alone: Path) -> None:
             assert (ours[key] - weights).abs().max() < 2e-5, (name, key)
 
 
-# ------------------------------------------------------------------------------------------
-# torchrun
+def saved_iteration(folder: Path) -> int:
+    return load_file(folder / "out" / "ckpt.pt")["state"]["iteration"]
+
+
+# ---------------------------------------------------------------------------- Processes of torchrun
 
 
 class Torchrun:
@@ -198,7 +200,7 @@ sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
 import test_survival
 from test_survival import cli, train
 
-test_survival.watch("read_batch", lambda *_: time.sleep(0.05))
+test_survival.watch(test_survival.READ, lambda *_: time.sleep(0.05))
 real = train.train
 
 def told(run):
@@ -224,11 +226,6 @@ def slow_job(data, tmp_path) -> Iterator[Torchrun]:
     job.kill()
 
 
-def resume_alone(folder: Path) -> None:
-    result = Job(folder, "--resume", out_dir=folder / "out").wait()
-    assert result.status == 0, result.err
-
-
 def test_two_processes_of_torchrun_agree_with_one(data, tmp_path, alone):
     result = Torchrun(tmp_path, **flags_of(SHARED, data, tmp_path)).wait()
     assert result.status == 0, result.err
@@ -244,9 +241,9 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step_and_one_process_goes_
     result = slow_job.wait()
     assert result.status != 0 and "--resume" in result.err
     stopped = [int((tmp_path / f"stopped_{rank}").read_text()) for rank in (0, 1)]
-    saved = load_file(tmp_path / "out" / "ckpt.pt")["state"]["iteration"]
+    saved = saved_iteration(tmp_path)
     assert stopped == [saved] * 2 and saved in STEP_ENDS[:-1]
-    resume_alone(tmp_path)
+    wait_for_all([Job(tmp_path, "--resume", out_dir=tmp_path / "out")])
     check_agree(tmp_path / "out", alone)
 
 
@@ -257,13 +254,12 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(slow_job, tmp_path, 
     result = slow_job.wait(60)  # the promise: within a minute
     assert result.status != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert load_file(tmp_path / "out" / "ckpt.pt")["state"]["iteration"] in STEP_ENDS[:-1]
-    resume_alone(tmp_path)
+    assert saved_iteration(tmp_path) in STEP_ENDS[:-1]
+    wait_for_all([Job(tmp_path, "--resume", out_dir=tmp_path / "out")])
     check_agree(tmp_path / "out", alone)
 
 
-# ------------------------------------------------------------------------------------------
-# Forked processes
+# ------------------------------------ Forked processes: the same results, and errors on all of them
 
 
 def test_three_processes_agree_with_one_share_all_work_and_only_rank_0_writes(
@@ -288,15 +284,14 @@ def test_three_processes_agree_with_one_share_all_work_and_only_rank_0_writes(
 
 
 def test_processes_without_work_join_with_zeros(data, tmp_path):
-    alone = run_alone(data, tmp_path, FEW)
     four = tmp_path / "four"
     four.mkdir()
     wait_for_all(fork_ranks(four, 4, **flags_of(FEW, data, four)))
-    check_agree(four / "out", alone)
+    check_agree(four / "out", run_alone(data, tmp_path, FEW))
 
 
 def test_a_run_goes_on_from_one_process_to_two(data, tmp_path, alone):
-    hook = at("Run.update_weights", 12, signal_self, signal.SIGTERM)
+    hook = at(UPDATE, 12, signal_self, signal.SIGTERM)
     job = Job(tmp_path, hooks=(hook,), **flags_of(SHARED, data, tmp_path))
     assert job.wait().status == 143
     wait_for_all(fork_ranks(tmp_path, 2, "--resume", out_dir=tmp_path / "out"))
@@ -308,32 +303,23 @@ def slow_write() -> Hook:
     return at(SAVE_FILE, None, subprocess.run, ["sleep", "0.7"])
 
 
-def test_all_score_the_whole_split_with_the_best_weights_once_they_are_written(data, tmp_path):
+def test_all_score_with_the_best_weights_once_they_are_written(data, tmp_path):
     """The only evaluation is the last: nobody may look for model.pt before rank 0 has written
     it.
     """
     flags = flags_of(FEW | dict(eval_interval=1000), data, tmp_path)
     one = Job(tmp_path, **flags | dict(out_dir=tmp_path / "one")).wait()
-    jobs = fork_ranks(tmp_path, 2, hooks=lambda rank: () if rank else (slow_write(),), **flags)
-    results = wait_for_all(jobs)
+    results = wait_for_all(fork_ranks(tmp_path, 2, hooks=on_rank(0, slow_write()), **flags))
     assert perplexity(results[0]) == pytest.approx(perplexity(one), rel=1e-5)
-
-
-def score_all() -> None:
-    """A hook: so short a run would score a part of the split only."""
-    train = test_survival.train
-    real = train.score
-    train.score = lambda run, text, most: real(run, text)
 
 
 def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alone):
     """A run that learns next to nothing scores as the model it starts from, which each rank reads
-    for itself.
+    for itself. It is long enough for the whole split to be scored at its end.
     """
-    nothing = dict(learning_rate=1e-30, min_lr=0, max_iters=3, weight_decay=0)
+    nothing = dict(learning_rate=1e-30, min_lr=0, max_iters=9, weight_decay=0, batch_size=64)
     flags = flags_of(FEW | nothing, data, tmp_path) | dict(init_from=alone / "model.pt")
-    jobs = fork_ranks(tmp_path, 2, hooks=lambda rank: (score_all,), **flags)
-    results = wait_for_all(jobs)
+    results = wait_for_all(fork_ranks(tmp_path, 2, **flags))
     flags = dict(out_dir=alone, device="cpu", dtype="float32")
     scored = wait_for_all(fork_ranks(tmp_path, 2, "--eval_only", **flags))
     assert f"perplexity {perplexity(results[0])}" in scored[0].out and scored[1].out == ""
@@ -345,24 +331,27 @@ def test_a_signal_to_one_rank_stops_all_and_none_leaves_before_the_checkpoint_is
     """A rank that left would make torchrun end the one that writes."""
 
     def hooks(rank: int) -> tuple[Hook, ...]:
-        stop = at("Run.update_weights", 3, signal_self, signal.SIGTERM)
+        stop = at(UPDATE, 3, signal_self, signal.SIGTERM)
         return (stop,) if rank else (slow_write(),)
 
     flags = flags_of(FEW | dict(eval_interval=1000), data, tmp_path)
     jobs = fork_ranks(tmp_path, 2, hooks=hooks, **flags)
     assert jobs[1].wait().status == 143
-    assert load_file(tmp_path / "out" / "ckpt.pt")["state"]["iteration"] == 9
+    assert saved_iteration(tmp_path) == 9
     result = jobs[0].wait()
     assert result.status == 143 and "--resume" in result.err
 
 
-def test_ranks_that_differ_in_data_are_refused(data, tmp_path, tmp_path_factory):
-    other = prepare_tales(tmp_path_factory.mktemp("other"), seed=5)
-    port = free_port()
-    jobs = []
-    for rank, folder in enumerate((data, other)):
-        hook = functools.partial(become, rank, 2, port)
-        jobs.append(Job(tmp_path, hooks=(hook,), **flags_of(FEW, folder, tmp_path)))
+def use_data(folder: Path) -> None:
+    """A hook: this process is told of other data than the rest."""
+    sys.argv.append(f"--data_dir={folder}")
+
+
+def test_ranks_that_differ_in_data_are_refused(data, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    hook = functools.partial(use_data, prepare_tales(other, seed=5))
+    jobs = fork_ranks(tmp_path, 2, hooks=on_rank(1, hook), **flags_of(FEW, data, tmp_path))
     for job in jobs:
         result = job.wait()
         assert result.status == 2 and "error: the ranks differ" in result.err
@@ -371,11 +360,9 @@ def test_ranks_that_differ_in_data_are_refused(data, tmp_path, tmp_path_factory)
 
 def test_a_full_disk_under_several_processes_is_said_in_one_line(data, tmp_path):
     limit, flags = at(SAVE_FILE, 4, limit_files, 100_000), flags_of(FEW, data, tmp_path)
-    jobs = fork_ranks(tmp_path, 2, hooks=lambda rank: () if rank else (limit,), **flags)
+    jobs = fork_ranks(tmp_path, 2, hooks=on_rank(0, limit), **flags)
     results = [job.wait() for job in jobs]
-    assert [result.status for result in results] == [2, 2]
     for result in results:
-        errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "Traceback" not in result.err
+        check_one_line(result)
     assert "File too large" in results[0].err
-    assert load_file(tmp_path / "out" / "ckpt.pt")["state"]["iteration"] in range(0, 22, 3)
+    assert saved_iteration(tmp_path) in range(0, 22, 3)
