@@ -94,7 +94,8 @@ def print_laws(tokens: np.ndarray, losses: np.ndarray, laws: Laws) -> None:
     for count, value, band in zip(counts, predict(law, counts)[0], ranges, strict=True):
         measured = ", ".join(f"{loss:.3f}" for loss in losses[tokens == count])
         table.append([f"{count / 1e6:.2f} M", measured or "-", f"{value:.3f}", band])
-    print_table(["tokens", "measured", "fitted", "band"], [*table, [""] * 4])
+    print_table(["tokens", "measured", "fitted", "band"], table)
+    print()
     counts, table = np.array([tokens.max(), *TARGETS]), []
     for name, law in laws.items():
         cells = [f"{number:.3f}" for number in (*law[0], *predict(law, counts)[0])]
@@ -119,8 +120,7 @@ def draw_law(path: Path, tokens: np.ndarray, losses: np.ndarray, laws: Laws) -> 
     for target, low, high in zip(TARGETS, *bounds(laws, TARGETS), strict=True):
         axes.annotate(f"{target / 1e6:.0f} M: {low:.2f} to {high:.2f}", (target, low), ha="right",
                       xytext=(0, -14), textcoords="offset points")
-    axes.set(xlabel="tokens", xscale="log", ylabel="validation loss (nats per token)")
-    axes.margins(x=0.07)
+    axes.set(xlabel="tokens", xscale="log", ylabel="validation loss (nats per token)", ymargin=0.1)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)
