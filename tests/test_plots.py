@@ -1,6 +1,8 @@
 """plots/: attention maps against Hugging Face's, heads made by hand, tables of runs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.benchmarks import extrapolate
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 PNG = b"\x89PNG"
+ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
@@ -168,11 +171,15 @@ def test_wrong_input_is_one_error(checkpoint, module, flags, message):
         {"attention": attention, "loss_curve": loss_curve}[module].main(flags)
 
 
-def test_wrong_input_ends_in_one_line_and_status_2():
-    run = subprocess.run([sys.executable, "-m", "plots.loss_curve", "none.csv"], text=True,
-                         capture_output=True, cwd=Path(__file__).parents[1])
+@pytest.mark.parametrize("flags", [["none.csv"], ["RUN", "--out", "FOLDER.png"]])
+def test_wrong_input_ends_in_one_line_and_status_2(tmp_path, flags):
+    (tmp_path / "FOLDER.png").mkdir()
+    make_run(tmp_path / "RUN", [4, 3])
+    run = subprocess.run([sys.executable, "-m", "plots.loss_curve", *flags], text=True,
+                         capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert flags[-1] in run.stderr
 
 
 # ------------------------------------------------------------------------------------------
@@ -181,63 +188,155 @@ def test_wrong_input_ends_in_one_line_and_status_2():
 LOG = "iteration,tokens,train_loss,val_loss,learning_rate,seconds\n"
 
 
-def make_run(folder: Path, losses: list[float], **settings) -> str:
-    folder.mkdir()
-    rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}" for i, loss in enumerate(losses, 1)]
-    (folder / "log.csv").write_text(LOG + "\n".join(rows) + "\n")
+def make_run(folder: Path, losses: list[float], data: str | None = None, **settings) -> str:
+    folder.mkdir(parents=True)
+    rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}\n" for i, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text(LOG + "".join(rows))
     if settings:
-        record = dict(settings=settings, final=None,
-                      differs={"learning_rate": 1} if settings["learning_rate"] != 1 else {})
+        record = dict(settings=settings, differs=["learning_rate"], final=None)
+        record |= dict(data=dict(hashes=dict(val=data)))
         (folder / "run.json").write_text(json.dumps(record))
     return str(folder)
+
+
+def table_of(capsys, *argv: str) -> list[list[str]]:
+    """The printed lines, each split where two blanks or more stand."""
+    loss_curve.main([*argv])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    return [re.split(" {2,}", line) for line in lines]
 
 
 def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
     same = dict(preset="demo", seed=1)
     runs = [make_run(tmp_path / "slow", [4, 3], learning_rate=1, out_dir="a", **same),
             make_run(tmp_path / "fast", [4, 2, 2.5], learning_rate=2, **same),
-            make_run(tmp_path / "lost", [float("nan")], learning_rate=9, **same),
             make_run(tmp_path / "bare", [3.5])]
     record = json.loads((tmp_path / "fast" / "run.json").read_text())
     record["final"] = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
     (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
-    loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "fast", "slow", "bare", "lost"]
-    assert lines[1].split()[1:7] == ["learning_rate", "2", "3,000", "3", "2.0000", "2.0000"]
-    assert lines[1].endswith("2.1250 on 1,000 of 5,000 tokens")
-    assert lines[3].split()[1] == "-"  # nothing is known of its settings
+    head, *rows = table_of(capsys, *runs, "--out", str(tmp_path / "runs.png"))
+    assert [head[1], *[row[0] for row in rows]] == ["val loss", "fast", "slow", "bare"]
+    assert rows[0][1:] == ["2.0000", "2.1250 on 20.0%", "2.0000", "3,000", "3", "learning_rate 2"]
+    assert rows[2][1:3] == ["3.5000", "-"] and rows[2][-1] == "-"  # its settings are not known
     record["final"]["tokens_scored"] = 4999  # all: nothing stands before the first token
     (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
-    assert loss_curve.read_run(str(tmp_path / "fast")).final == "2.1250"
-    assert (tmp_path / "runs.png").read_bytes()[:4] == PNG
+    assert loss_curve.read_runs([str(tmp_path / "fast")])[0].final == "2.1250"
 
 
 def test_runs_of_two_presets_are_told_apart_by_the_preset_and_what_was_typed():
     settings = dict(preset="demo", n_embd=96, learning_rate=2)
-    demo = loss_curve.Run("a", [], settings, ["learning_rate"], "-")
-    settings = dict(preset="tuned", n_embd=384, learning_rate=1)
-    tuned = loss_curve.Run("b", [], settings, [], "-")
-    assert loss_curve.differences(demo, [demo, tuned]) == "preset demo, learning_rate 2"
-    assert loss_curve.differences(tuned, [demo, tuned]) == "preset tuned"
+    demo = loss_curve.RunLog("a", settings=settings, changed=["learning_rate"])
+    tuned = loss_curve.RunLog("b", settings=dict(preset="tuned", n_embd=384, learning_rate=1))
+    assert loss_curve.remarks(demo, [demo, tuned]) == "preset demo, learning_rate 2"
+    assert loss_curve.remarks(tuned, [demo, tuned]) == "preset tuned"
+
+
+@pytest.mark.parametrize("log, record, problem", [
+    (None, "{}", "no evaluation yet"), (None, None, "No such file"),
+    ("Once upon a time", None, "log.csv is not a log.csv"), (LOG + "1,1,4", None, "not a log.csv"),
+    (LOG + "1,1,nan,nan,1,1", None, "it diverged"), (LOG + "1,1,5e6,5e6,1,1", "{}", "it diverged"),
+    ("iteration,train_loss,val_loss\n1,4,4", None, "has no tokens"),
+    *[(LOG + "1,1,4,4,1,1", text, "run.json is not") for text in (
+        "", "[]", '{"settings": {}}', '{"settings": 1, "differs": {}, "final": null}',
+        '{"settings": {}, "differs": {}, "final": 2}')],
+])
+def test_a_run_that_cannot_be_drawn_is_listed_last_and_alone_it_is_an_error(
+    tmp_path, capsys, log, record, problem
+):
+    bad, out = tmp_path / "bad", tmp_path / "a.png"
+    bad.mkdir()
+    for name, text in (("log.csv", log), ("run.json", record)):
+        if text is not None:
+            (bad / name).write_text(text)
+    good = [make_run(tmp_path / "b", [4, 3]), make_run(tmp_path / "a", [4, 2])]
+    rows = table_of(capsys, str(bad), *good, "--out", str(out))[1:]
+    said = " ".join(row[-1] for row in rows[2:])  # it may be wrapped
+    assert [row[0] for row in rows[:3]] == ["a", "b", "bad"] and out.exists()
+    assert said.startswith("not drawn: ") and problem in said
+    out.unlink()
+    with pytest.raises(UserError, match=f"{bad}: .*{problem}"):
+        loss_curve.main([str(bad), "--out", str(out)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("losses", [[3, 2, "nan"], [3, 2, 986663.5], [3, 2, "nan", 1e9]])
+def test_a_run_that_diverged_later_is_drawn_up_to_there_and_marked(tmp_path, capsys, losses):
+    runs = [make_run(tmp_path / "lost", losses), make_run(tmp_path / "kept", [4, 3])]
+    rows = table_of(capsys, *runs, "--out", str(tmp_path / "a.png"))[1:]
+    assert [row[0] for row in rows] == ["kept", "lost"]
+    assert rows[1][1] == "2.0000" and rows[1][-1] == "diverged"
+
+
+@pytest.mark.parametrize("settings, mark", [
+    (dict(data="tales"), "-"), (dict(data="toys"), "other data"), (dict(data=None), "-"),
+    (dict(data="tales", block_size=64), "other context, block_size 64"),
+    (dict(data="toys", block_size=64), "other data, other context, block_size 64"),
+])
+def test_runs_that_do_not_compare_are_marked(tmp_path, capsys, settings, mark):
+    same = dict(data="tales", block_size=128)
+    runs = [make_run(tmp_path / "odd", [2], **same | settings),
+            *[make_run(tmp_path / name, [3], **same) for name in "ab"]]
+    rows = table_of(capsys, *runs, "--out", str(tmp_path / "a.png"))[1:]
+    assert rows[0][0] == "odd" and rows[0][-1] == mark
+    assert all("other" not in row[-1] for row in rows[1:])
+
+
+@pytest.mark.parametrize("folders, names", [
+    (["out/a/run", "out/b/run"], ["a/run", "b/run"]),
+    (["x/a/run", "y/a/run", "y/b"], ["x/a/run", "y/a/run", "b"]),
+])
+def test_equal_folder_names_are_told_apart_by_their_parents(tmp_path, capsys, folders, names):
+    runs = [make_run(tmp_path / folder, [n]) for n, folder in enumerate(folders, 1)]
+    rows = table_of(capsys, *runs, "--out", str(tmp_path / "a.png"))[1:]
+    assert [row[0] for row in rows] == names
+
+
+@pytest.mark.parametrize("folder, name", [
+    ("out/demo", "demo"), ("out/a/run", "a-run"), ("./out/a/../b/run/", "b-run"), ("runs/x", "x"),
+    ("/data/out/sweep/lr=1e-3", "sweep-lr=1e-3"), ("out", "out"), ("timeout/x", "x"),
+])
+def test_a_picture_is_named_after_the_parts_below_out(folder, name):
+    assert loss_curve.picture_name(Path(folder)) == name
+
+
+@pytest.mark.parametrize("name, begins", [
+    ("a.png", PNG), ("a.PDF", b"%PDF"), ("a.svg", b"<?xml"), ("a.gif", None), ("a", None),
+])
+def test_a_picture_is_what_its_name_says(tmp_path, name, begins):
+    run, out = make_run(tmp_path / "one", [4, 3]), tmp_path / "new" / name
+    if begins:
+        loss_curve.main([run, "--out", str(out)])
+        assert out.read_bytes().startswith(begins)
+    else:  # refused before the run is read
+        with pytest.raises(UserError, match=r"\.png, \.pdf or \.svg"):
+            loss_curve.main([str(tmp_path / "nowhere"), "--out", str(out)])
+
+
+def test_long_names_and_settings_are_wrapped_and_nothing_is_lost(tmp_path, capsys):
+    words = [[f"{letter}{n}" for n in range(10, 40)] for letter in "xy"]
+    runs = []
+    for i, text in enumerate(words):
+        run = make_run(tmp_path / str(i), [4], dataset=" ".join(text))
+        runs.append(f"{' '.join(text)}={run}")
+    table = str(table_of(capsys, *runs, "--out", str(tmp_path / "a.png")))
+    assert all(table.count(word) == 2 for word in words[0] + words[1])
 
 
 def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(loss_curve, "draw_run", lambda *args, **more: calls.append((args, more)))
-    run = make_run(tmp_path / "one", [4, 3], preset="reference", learning_rate=1)
-    loss_curve.main([run, "--out", str(tmp_path / "a.png")])
-    log = loss_curve.read_log(tmp_path / "one" / "log.csv")
-    assert calls == [((tmp_path / "a.png", "one", log), {"published": True})]
+    run = make_run(tmp_path / "out" / "a" / "one", [4, 3], preset="reference")
+    loss_curve.main([run])
+    log, out = loss_curve.read_log(Path(run) / "log.csv"), Path(ROOT, "plots", "a-one.png")
+    assert calls == [((out, "one", log), {"published": True})]
 
 
 @pytest.mark.parametrize("x", ["tokens", "iteration", "seconds"])
 def test_labels_a_level_and_each_x(tmp_path, capsys, x):
-    run = make_run(tmp_path / "one", [4, 3])
-    out = tmp_path / "new" / "a.png"
+    run, out = make_run(tmp_path / "one", [4, 3]), tmp_path / "new" / "a.png"
     flags = ["--x", x, "--log", "--level", "2.9", "--out", str(out)]
-    loss_curve.main([f"lr=1e-3={run}/log.csv", *flags])
-    assert capsys.readouterr().out.splitlines()[1].split()[0] == "lr=1e-3"
+    assert table_of(capsys, f"lr=1e-3={run}/log.csv", *flags)[1][0] == "lr=1e-3"
     assert out.read_bytes()[:4] == PNG
 
 
@@ -251,20 +350,6 @@ def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypa
     loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
     names = [text.get_text() for text in legends[0].get_texts()]
     assert names[0].startswith(r" \$5_vs_\$6") and names[1].startswith(" _a")
-
-
-def test_a_column_that_a_log_lacks_is_told(tmp_path):
-    with pytest.raises(UserError, match="has no seconds"):
-        loss_curve.main([str(loss_curve.PUBLISHED), "--x", "seconds"])
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}',
-                                  '{"settings": 1, "differs": {}, "final": null}'])
-def test_a_broken_record_is_told(tmp_path, text):
-    run = Path(make_run(tmp_path / "one", [4]))
-    (run / "run.json").write_text(text)
-    with pytest.raises(UserError, match="run.json is not a run.json of train.py"):
-        loss_curve.main([str(run), "--out", str(tmp_path / "a.png")])
 
 
 def write_law(folder: Path, lengths: list[float]) -> list[str]:
@@ -281,13 +366,17 @@ def write_law(folder: Path, lengths: list[float]) -> list[str]:
 def test_a_power_law_is_found_again_and_extended(tmp_path, capsys):
     runs = write_law(tmp_path, [4, 0.2, 1, 0.4, 2])
     extrapolate.main([*runs, "--out", str(tmp_path / "a.png")])
-    law, _, *rows, check = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    (law, _, *rows), (_, *refits) = [part.splitlines() for part in out.split("\n\n")]
     assert law == "L = 1.300 + 1.600 (T / 1 M)^-0.250"
     fitted = {row.split()[0]: float(row.split()[3]) for row in rows}
     assert fitted["472.00"] == pytest.approx(1.3 + 1.6 * 472**-0.25, abs=1e-3)
-    low, high = float(rows[-1].split()[4]), float(rows[-1].split()[6])
-    assert low < fitted["472.00"] < high
-    assert check.endswith(f"4.00 M: {fitted['4.00']:.3f}")
+    said = {line[:line.index("  ")]: line.split()[-1] for line in refits}
+    exact = ["all runs", *[f"without {n} M" for n in ("0.20", "0.40", "1.00", "2.00", "4.00")],
+             "without 0.20 M and 0.40 M", "a = 1.3"]
+    assert all(float(said[name]) == pytest.approx(fitted["472.00"], abs=2e-3) for name in exact)
+    band = [float(rows[-1].split()[4]), float(rows[-1].split()[6])]
+    assert band[0] <= float(said["a = 0.9"]) < float(said["a = 1.2"]) < fitted["472.00"] < band[1]
     assert (tmp_path / "a.png").read_bytes()[:4] == PNG
 
 
@@ -295,24 +384,15 @@ def test_a_law_needs_runs_of_four_lengths_with_finite_losses(tmp_path):
     runs = write_law(tmp_path, [1, 2, 4])
     with pytest.raises(UserError, match="four lengths"):
         extrapolate.main([*runs, *runs])
-    for row in ("1,1e6,1,nan", "1,0,1,3"):
+    for row in ("1,1e6,1,nan", "1,1e6,1,3\n2,2e6,1,nan", "1,0,1,3"):
         (tmp_path / "bad.csv").write_text(f"iteration,tokens,train_loss,val_loss\n{row}\n")
         with pytest.raises(UserError, match="cannot be used"):
             extrapolate.main([*runs, str(tmp_path / "bad.csv")])
 
 
-def test_a_law_without_a_limit_is_found_too():
+@pytest.mark.parametrize("floor, best", [(None, 0), (0.2, 0.2)])
+def test_a_law_without_a_limit_is_found_too_and_a_given_limit_is_kept(floor, best):
     tokens = np.array([0.2e6, 1e6, 2e6, 4e6])
-    laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None])
-    assert 0 <= laws[0, 0] < 0.05  # as near as the grid of c allows
+    laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None], floor)
+    assert best <= laws[0, 0] < best + 0.05  # as near as the grid of c allows
     assert extrapolate.predict(laws, np.array([1e6])).item() == pytest.approx(2.5, abs=0.01)
-
-
-def test_a_picture_whose_name_is_a_folders_is_an_error_that_names_it(tmp_path):
-    run = make_run(tmp_path / "run", [4, 3])
-    (tmp_path / "pictures").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "plots.loss_curve", run, "--out", str(tmp_path / "pictures")],
-        cwd=Path(loss_curve.__file__).parents[1], capture_output=True, text=True,
-    )
-    assert done.returncode == 2 and f"{tmp_path / 'pictures'}\n" in done.stderr, done.stderr
