@@ -72,9 +72,9 @@ def locate(text: str) -> tuple[str, Path, Path]:
     """Of [LABEL=]PATH: the label, and the absolute paths of the run and of its log. The log of a
     run a/b is a/b/log.csv, or a/b.csv as plots/logs/ has them.
     """
-    label, path = "", text
-    if not os.path.exists(text):
-        label, _, path = text.rpartition("=")
+    label, _, path = text.rpartition("=")
+    if os.path.exists(text) or not Path(path).expanduser().exists():
+        label, path = "", text
     log = Path(os.path.abspath(Path(path).expanduser()))
     if log.is_dir():
         log = log / "log.csv"
