@@ -1,11 +1,11 @@
 """plots/: attention maps against Hugging Face's, heads made by hand, tables of runs."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from config import Config, UserError
 
@@ -20,7 +20,6 @@ from tests.benchmarks import extrapolate
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 PNG = b"\x89PNG"
-ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
@@ -173,15 +172,13 @@ def test_wrong_input_is_one_error(checkpoint, module, flags, message):
         {"attention": attention, "loss_curve": loss_curve}[module].main(flags)
 
 
-@pytest.mark.parametrize("flags", [["none.csv"], ["RUN", "--out", "FOLDER.png"]])
-def test_wrong_input_ends_in_one_line_and_status_2(tmp_path, flags):
-    (tmp_path / "FOLDER.png").mkdir()
-    make_run(tmp_path / "RUN", [4, 3])
+def test_wrong_input_ends_in_one_line_and_status_2(tmp_path):
+    flags = [make_run(tmp_path / "run", [4, 3]), "--out", make_run(tmp_path / "folder.png", [4])]
     run = subprocess.run([sys.executable, "-m", "plots.loss_curve", *flags], text=True,
-                         capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
+                         capture_output=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-    assert flags[-1] in run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.endswith(f"{flags[-1]}\n")
+    assert run.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------
@@ -190,14 +187,14 @@ def test_wrong_input_ends_in_one_line_and_status_2(tmp_path, flags):
 LOG = "iteration,tokens,train_loss,val_loss,learning_rate,seconds\n"
 
 
-def make_run(folder: Path, losses: list[float], data: str | None = None, **settings) -> str:
+def make_run(folder: Path, losses: list, data: str = "", final: Any = None, **settings) -> str:
     folder.mkdir(parents=True)
     rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}\n" for i, loss in enumerate(losses, 1)]
     (folder / "log.csv").write_text(LOG + "".join(rows))
     if settings:
-        record = dict(settings=settings, differs=["learning_rate"], final=None)
-        record |= dict(data=dict(hashes=dict(val=data)))
-        (folder / "run.json").write_text(json.dumps(record))
+        hashes = dict(hashes=dict(val=data or None))
+        facts = dict(settings=settings, differs=["learning_rate"], final=final, data=hashes)
+        (folder / "run.json").write_text(json.dumps(facts))
     return str(folder)
 
 
@@ -210,20 +207,16 @@ def table_of(capsys, *argv: str) -> list[list[str]]:
 
 
 def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
-    same = dict(preset="demo", seed=1)
-    runs = [make_run(tmp_path / "slow", [4, 3], learning_rate=1, out_dir="a", **same),
-            make_run(tmp_path / "fast", [4, 2, 2.5], learning_rate=2, **same),
+    part = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
+    every = part | dict(tokens_scored=4999)  # all: nothing stands before the first token
+    runs = [make_run(tmp_path / "slow", [4, 3], seed=1, rate=1, out_dir="a", final=every),
+            make_run(tmp_path / "fast", [4, 2, 2.5], seed=1, rate=2, final=part),
             make_run(tmp_path / "bare", [3.5])]
-    record = json.loads((tmp_path / "fast" / "run.json").read_text())
-    record["final"] = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
-    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
     head, *rows = table_of(capsys, *runs, "--out", str(tmp_path / "runs.png"))
     assert [head[1], *[row[0] for row in rows]] == ["val loss", "fast", "slow", "bare"]
-    assert rows[0][1:] == ["2.0000", "2.1250 on 20.0%", "2.0000", "3,000", "3", "learning_rate 2"]
+    assert rows[0][1:] == ["2.0000", "2.1250 on 20.0%", "2.0000", "3,000", "3", "rate 2"]
+    assert rows[1][1:3] == ["3.0000", "2.1250"] and rows[1][-1] == "rate 1"
     assert rows[2][1:3] == ["3.5000", "-"] and rows[2][-1] == "-"  # its settings are not known
-    record["final"]["tokens_scored"] = 4999  # all: nothing stands before the first token
-    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
-    assert loss_curve.read_runs([str(tmp_path / "fast")])[0].final == "2.1250"
 
 
 def test_runs_of_two_presets_are_told_apart_by_the_preset_and_what_was_typed():
@@ -243,28 +236,26 @@ def test_runs_of_two_presets_are_told_apart_by_the_preset_and_what_was_typed():
         "", "[]", '{"settings": {}}', '{"settings": 1, "differs": {}, "final": null}',
         '{"settings": {}, "differs": {}, "final": 2}')],
 ])
-def test_a_run_that_cannot_be_drawn_is_listed_last_and_alone_it_is_an_error(
-    tmp_path, capsys, log, record, problem
-):
+def test_a_run_that_cannot_be_drawn_is_listed_last(tmp_path, capsys, log, record, problem):
     bad, out = tmp_path / "bad", tmp_path / "a.png"
     bad.mkdir()
     for name, text in (("log.csv", log), ("run.json", record)):
         if text is not None:
             (bad / name).write_text(text)
-    good = [make_run(tmp_path / "b", [4, 3]), make_run(tmp_path / "a", [4, 2])]
-    rows = table_of(capsys, str(bad), *good, "--out", str(out))[1:]
+    rows = table_of(capsys, str(bad), make_run(tmp_path / "b", [3]), make_run(tmp_path / "a", [2]),
+                    "--out", str(out))[1:]
     said = " ".join(row[-1] for row in rows[2:])  # it may be wrapped
     assert [row[0] for row in rows[:3]] == ["a", "b", "bad"] and out.exists()
     assert said.startswith("not drawn: ") and problem in said
     out.unlink()
-    with pytest.raises(UserError, match=f"{bad}: .*{problem}"):
+    with pytest.raises(UserError, match=f"{bad}: .*{problem}"):  # it alone
         loss_curve.main([str(bad), "--out", str(out)])
     assert not out.exists()
 
 
 @pytest.mark.parametrize("losses, settings, mark", [
     ([3, 2, "nan"], {}, "diverged"), ([3, 2, 986663.5], {}, "diverged"),
-    ([2], dict(data="toys"), "other data"), ([2], dict(data=None), "-"), ([3, "nan", 2], {}, "-"),
+    ([2], dict(data="toys"), "other data"), ([2], dict(data=""), "-"), ([3, "nan", 2], {}, "-"),
     ([2], dict(block_size=64), "other context, block_size 64"),
     ([2], dict(data="toys", block_size=9), "other data, other context, block_size 9"),
 ])
@@ -284,22 +275,10 @@ def test_what_diverged_or_does_not_compare_is_marked(tmp_path, capsys, losses, s
     (["/out/x/lr=1e-3", "./out/y/../z/"], ["lr=1e-3", "z"], ["x-lr=1e-3", "z"]),
     (["out", "timeout/x"], ["out", "x"], ["out", "x"]),
 ])
-def test_runs_are_named_after_their_last_folders_and_pictures_after_those_below_out(
-    tmp_path, monkeypatch, folders, names, pictures
-):
+def test_how_runs_and_their_pictures_are_named(tmp_path, monkeypatch, folders, names, pictures):
     monkeypatch.chdir(tmp_path)
     assert loss_curve.tell_apart([loss_curve.locate(name)[1] for name in folders]) == names
     assert [loss_curve.picture_name(Path(name)) for name in folders] == pictures
-
-
-def test_long_names_and_settings_are_wrapped_and_nothing_is_lost(tmp_path, capsys):
-    words = [[f"{letter}{n}" for n in range(10, 40)] for letter in "xy"]
-    runs = []
-    for i, text in enumerate(words):
-        run = make_run(tmp_path / str(i), [4], dataset=" ".join(text))
-        runs.append(f"{' '.join(text)}={run}")
-    table = str(table_of(capsys, *runs, "--out", str(tmp_path / "a.png")))
-    assert all(table.count(word) == 2 for word in words[0] + words[1])
 
 
 def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):
@@ -307,25 +286,28 @@ def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_curve, "draw_run", lambda *args, **more: calls.append((args, more)))
     run = make_run(tmp_path / "out" / "a" / "one", [4, 3], preset="reference")
     loss_curve.main([run])
-    log, out = loss_curve.read_log(Path(run) / "log.csv"), Path(ROOT, "plots", "a-one.png")
+    log = loss_curve.read_log(Path(run) / "log.csv")
+    out = Path(loss_curve.__file__).with_name("a-one.png")
     assert calls == [((out, "one", log), {"published": True})]
 
 
 @pytest.mark.parametrize("x, name, begins", [
     ("tokens", "a.png", PNG), ("iteration", "a.PDF", b"%PDF"), ("seconds", "a.svg", b"<?xml"),
 ])
-def test_labels_a_level_each_x_and_each_kind_of_picture(tmp_path, capsys, x, name, begins):
-    run, out = make_run(tmp_path / "one", [4, 3]), tmp_path / "new" / name
+def test_each_x_and_picture_and_long_labels_are_wrapped(tmp_path, capsys, x, name, begins):
+    texts = [" ".join(f"{letter}={n}" for n in range(10, 40)) for letter in "xy"]
+    runs = [f"{text}={make_run(tmp_path / text[0], [4], dataset=text)}/log.csv" for text in texts]
+    out = tmp_path / "new" / name
     flags = ["--x", x, "--log", "--level", "2.9", "--out", str(out)]
-    assert table_of(capsys, f"lr=1e-3={run}/log.csv", *flags)[1][0] == "lr=1e-3"
+    table = str(table_of(capsys, *runs, *flags))  # nothing is lost
+    assert all(table.count(word) == 2 for word in " ".join(texts).split())
     assert out.read_bytes().startswith(begins)
 
 
 def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    legends = []
-    legend = Axes.legend
+    legends, legend = [], Axes.legend
     monkeypatch.setattr(Axes, "legend", lambda axes: legends.append(legend(axes)))
     runs = [make_run(tmp_path / name, [4, 3]) for name in ("$5_vs_$6", "_a")]
     loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
@@ -335,13 +317,11 @@ def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypa
 
 def write_law(folder: Path, lengths: list[float]) -> list[str]:
     """Logs of runs whose last losses follow L = 1.3 + 1.6 (T / 1 M)^-0.25."""
-    paths = []
-    for millions in lengths:
-        paths.append(str(folder / f"{millions}.csv"))
-        head = "iteration,tokens,train_loss,val_loss\n1,1,9,9\n"
+    paths = [folder / f"{millions}.csv" for millions in lengths]
+    for path, millions in zip(paths, lengths, strict=True):
         row = f"2,{millions * 1e6},1,{1.3 + 1.6 * millions**-0.25}\n"
-        Path(paths[-1]).write_text(head + row)
-    return paths
+        path.write_text("iteration,tokens,train_loss,val_loss\n1,1,9,9\n" + row)
+    return [str(path) for path in paths]
 
 
 def test_a_power_law_is_found_again_and_extended(tmp_path, capsys):
