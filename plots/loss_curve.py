@@ -197,7 +197,7 @@ def remarks(run: RunLog, runs: list[RunLog]) -> str:
 
 
 def is_odd(value: Any, values: list[Any]) -> bool:
-    """Whether a value is known and not the commonest of all; of two as common, the first is it."""
+    """Whether a value is known and differs from the most common one, of a tie the first."""
     known = Counter(other for other in values if other is not None)
     return value is not None and value != known.most_common(1)[0][0]
 
