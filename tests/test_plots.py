@@ -1,9 +1,11 @@
 """plots/: attention maps against Hugging Face's, heads made by hand, tables of runs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from config import Config, UserError
 
@@ -160,6 +162,8 @@ def test_one_window_has_no_standard_error_and_so_no_worth(model, capsys):
     ("loss_curve", [], "required"),
     ("loss_curve", ["none"], "none"),
     ("loss_curve", ["MODEL"], "is not a log.csv"),
+    ("loss_curve", ["none", "--out", "a.gif"], "ends in .png, .pdf or .svg, unlike a.gif"),
+    ("loss_curve", ["none", "--out", "a"], "ends in .png, .pdf or .svg, unlike a"),
     ("loss_curve", ["a", "--x", "epochs"], "it must be a text, one of tokens, iteration, seconds"),
 ])
 def test_wrong_input_is_one_error(checkpoint, module, flags, message):
@@ -168,11 +172,13 @@ def test_wrong_input_is_one_error(checkpoint, module, flags, message):
         {"attention": attention, "loss_curve": loss_curve}[module].main(flags)
 
 
-def test_wrong_input_ends_in_one_line_and_status_2():
-    run = subprocess.run([sys.executable, "-m", "plots.loss_curve", "none.csv"], text=True,
+def test_wrong_input_ends_in_one_line_and_status_2(tmp_path):
+    flags = [make_run(tmp_path / "run", [4, 3]), "--out", make_run(tmp_path / "folder.png", [4])]
+    run = subprocess.run([sys.executable, "-m", "plots.loss_curve", *flags], text=True,
                          capture_output=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: ") and run.stderr.endswith(f"{flags[-1]}\n")
+    assert run.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------
@@ -181,71 +187,127 @@ def test_wrong_input_ends_in_one_line_and_status_2():
 LOG = "iteration,tokens,train_loss,val_loss,learning_rate,seconds\n"
 
 
-def make_run(folder: Path, losses: list[float], **settings) -> str:
-    folder.mkdir()
-    rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}" for i, loss in enumerate(losses, 1)]
-    (folder / "log.csv").write_text(LOG + "\n".join(rows) + "\n")
+def make_run(folder: Path, losses: list, data: str = "", final: Any = None, **settings) -> str:
+    folder.mkdir(parents=True)
+    rows = [f"{i},{i * 1000},{loss},{loss},0.001,{i}\n" for i, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text(LOG + "".join(rows))
     if settings:
-        record = dict(settings=settings, final=None,
-                      differs={"learning_rate": 1} if settings["learning_rate"] != 1 else {})
-        (folder / "run.json").write_text(json.dumps(record))
+        hashes = dict(hashes=dict(val=data or None))
+        facts = dict(settings=settings, differs=["learning_rate"], final=final, data=hashes)
+        (folder / "run.json").write_text(json.dumps(facts))
     return str(folder)
 
 
-def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
-    same = dict(preset="demo", seed=1)
-    runs = [make_run(tmp_path / "slow", [4, 3], learning_rate=1, out_dir="a", **same),
-            make_run(tmp_path / "fast", [4, 2, 2.5], learning_rate=2, **same),
-            make_run(tmp_path / "lost", [float("nan")], learning_rate=9, **same),
-            make_run(tmp_path / "bare", [3.5])]
-    record = json.loads((tmp_path / "fast" / "run.json").read_text())
-    record["final"] = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
-    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
-    loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
+def table_of(capsys, *argv: str) -> list[list[str]]:
+    """The printed lines, each split where two blanks or more stand."""
+    loss_curve.main([*argv])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "fast", "slow", "bare", "lost"]
-    assert lines[1].split()[1:7] == ["learning_rate", "2", "3,000", "3", "2.0000", "2.0000"]
-    assert lines[1].endswith("2.1250 on 1,000 of 5,000 tokens")
-    assert lines[3].split()[1] == "-"  # nothing is known of its settings
-    record["final"]["tokens_scored"] = 4999  # all: nothing stands before the first token
-    (tmp_path / "fast" / "run.json").write_text(json.dumps(record))
-    assert loss_curve.read_run(str(tmp_path / "fast")).final == "2.1250"
-    assert (tmp_path / "runs.png").read_bytes()[:4] == PNG
+    assert all(len(line) <= 100 for line in lines)
+    return [re.split(" {2,}", line) for line in lines]
+
+
+def test_runs_are_sorted_and_named_by_what_differs(tmp_path, capsys):
+    part = dict(val_loss=2.125, tokens_scored=1000, tokens=5000)
+    every = part | dict(tokens_scored=4999)  # all: nothing stands before the first token
+    runs = [make_run(tmp_path / "slow", [4, 3], seed=1, rate=1, out_dir="a", final=every),
+            make_run(tmp_path / "fast", [4, 2, 2.5], seed=1, rate=2, final=part),
+            make_run(tmp_path / "bare", [3.5])]
+    head, *rows = table_of(capsys, *runs, "--out", str(tmp_path / "runs.png"))
+    assert [head[1], *[row[0] for row in rows]] == ["val loss", "fast", "slow", "bare"]
+    assert rows[0][1:] == ["2.0000", "2.1250 on 20.0%", "2.0000", "3,000", "3", "rate 2"]
+    assert rows[1][1:3] == ["3.0000", "2.1250"] and rows[1][-1] == "rate 1"
+    assert rows[2][1:3] == ["3.5000", "-"] and rows[2][-1] == "-"  # its settings are not known
 
 
 def test_runs_of_two_presets_are_told_apart_by_the_preset_and_what_was_typed():
     settings = dict(preset="demo", n_embd=96, learning_rate=2)
-    demo = loss_curve.Run("a", [], settings, ["learning_rate"], "-")
-    settings = dict(preset="tuned", n_embd=384, learning_rate=1)
-    tuned = loss_curve.Run("b", [], settings, [], "-")
-    assert loss_curve.differences(demo, [demo, tuned]) == "preset demo, learning_rate 2"
-    assert loss_curve.differences(tuned, [demo, tuned]) == "preset tuned"
+    demo = loss_curve.RunLog("a", settings=settings, changed=["learning_rate"])
+    tuned = loss_curve.RunLog("b", settings=dict(preset="tuned", n_embd=384, learning_rate=1))
+    assert loss_curve.remarks(demo, [demo, tuned]) == "preset demo, learning_rate 2"
+    assert loss_curve.remarks(tuned, [demo, tuned]) == "preset tuned"
+
+
+@pytest.mark.parametrize("log, record, problem", [
+    (None, "{}", "no evaluation yet"), (None, None, "No such file"),
+    ("Once upon a time", None, "log.csv is not a log.csv"), (LOG + "1,1,4", None, "not a log.csv"),
+    (LOG + "1,1,nan,nan,1,1", None, "it diverged"), (LOG + "1,1,5e6,5e6,1,1", "{}", "it diverged"),
+    ("iteration,train_loss,val_loss\n1,4,4", None, "has no tokens"),
+    *[(LOG + "1,1,4,4,1,1", text, "run.json is not") for text in (
+        "", "[]", '{"settings": {}}', '{"settings": 1, "differs": {}, "final": null}',
+        '{"settings": {}, "differs": {}, "final": 2}')],
+])
+def test_a_run_that_cannot_be_drawn_is_listed_last(tmp_path, capsys, log, record, problem):
+    bad, out = tmp_path / "bad", tmp_path / "a.png"
+    bad.mkdir()
+    for name, text in (("log.csv", log), ("run.json", record)):
+        if text is not None:
+            (bad / name).write_text(text)
+    rows = table_of(capsys, str(bad), make_run(tmp_path / "b", [3]), make_run(tmp_path / "a", [2]),
+                    "--out", str(out))[1:]
+    said = " ".join(row[-1] for row in rows[2:])  # it may be wrapped
+    assert [row[0] for row in rows[:3]] == ["a", "b", "bad"] and out.exists()
+    assert said.startswith("not drawn: ") and problem in said
+    out.unlink()
+    with pytest.raises(UserError, match=f"{bad}: .*{problem}"):  # it alone
+        loss_curve.main([str(bad), "--out", str(out)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("losses, settings, mark", [
+    ([3, 2, "nan"], {}, "diverged"), ([3, 2, 986663.5], {}, "diverged"),
+    ([2], dict(data="toys"), "other data"), ([2], dict(data=""), "-"), ([3, "nan", 2], {}, "-"),
+    ([2], dict(block_size=64), "other context, block_size 64"),
+    ([2], dict(data="toys", block_size=9), "other data, other context, block_size 9"),
+])
+def test_what_diverged_or_does_not_compare_is_marked(tmp_path, capsys, losses, settings, mark):
+    same = dict(data="tales", block_size=128)
+    runs = [make_run(tmp_path / "odd", losses, **same | settings),
+            *[make_run(tmp_path / name, [3], **same) for name in "ab"]]
+    rows = table_of(capsys, *runs, "--out", str(tmp_path / "a.png"))[1:]
+    odd = rows.pop(2 if "diverged" in mark else 0)  # what diverged is drawn, but listed last
+    assert odd[:2] == ["odd", "2.0000"] and odd[-1] == mark
+    assert all("other" not in row[-1] and "diverged" not in row[-1] for row in rows)
+
+
+@pytest.mark.parametrize("folders, names, pictures", [
+    (["out/a/run", "out/b/run"], ["a/run", "b/run"], ["a-run", "b-run"]),
+    (["x/a/run", "y/a/run", "y/b"], ["x/a/run", "y/a/run", "b"], ["run", "run", "b"]),
+    (["/out/x/lr=1e-3", "./out/y/../z/"], ["lr=1e-3", "z"], ["x-lr=1e-3", "z"]),
+    (["out", "timeout/x"], ["out", "x"], ["out", "x"]),
+])
+def test_how_runs_and_their_pictures_are_named(tmp_path, monkeypatch, folders, names, pictures):
+    monkeypatch.chdir(tmp_path)
+    assert loss_curve.tell_apart([loss_curve.locate(name)[1] for name in folders]) == names
+    assert [loss_curve.picture_name(Path(name)) for name in folders] == pictures
 
 
 def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(loss_curve, "draw_run", lambda *args, **more: calls.append((args, more)))
-    run = make_run(tmp_path / "one", [4, 3], preset="reference", learning_rate=1)
-    loss_curve.main([run, "--out", str(tmp_path / "a.png")])
-    log = loss_curve.read_log(tmp_path / "one" / "log.csv")
-    assert calls == [((tmp_path / "a.png", "one", log), {"published": True})]
+    run = make_run(tmp_path / "out" / "a" / "one", [4, 3], preset="reference")
+    loss_curve.main([run])
+    log = loss_curve.read_log(Path(run) / "log.csv")
+    out = Path(loss_curve.__file__).with_name("a-one.png")
+    assert calls == [((out, "one", log), {"published": True})]
 
 
-@pytest.mark.parametrize("x", ["tokens", "iteration", "seconds"])
-def test_labels_a_level_and_each_x(tmp_path, capsys, x):
-    run = make_run(tmp_path / "one", [4, 3])
-    out = tmp_path / "new" / "a.png"
+@pytest.mark.parametrize("x, name, begins", [
+    ("tokens", "a.png", PNG), ("iteration", "a.PDF", b"%PDF"), ("seconds", "a.svg", b"<?xml"),
+])
+def test_each_x_and_picture_and_long_labels_are_wrapped(tmp_path, capsys, x, name, begins):
+    texts = [" ".join(f"{letter}={n}" for n in range(10, 40)) for letter in "xy"]
+    runs = [f"{text}={make_run(tmp_path / text[0], [4], dataset=text)}/log.csv" for text in texts]
+    out = tmp_path / "new" / name
     flags = ["--x", x, "--log", "--level", "2.9", "--out", str(out)]
-    loss_curve.main([f"lr=1e-3={run}/log.csv", *flags])
-    assert capsys.readouterr().out.splitlines()[1].split()[0] == "lr=1e-3"
-    assert out.read_bytes()[:4] == PNG
+    table = str(table_of(capsys, *runs, *flags))  # nothing is lost
+    assert all(table.count(word) == 2 for word in " ".join(texts).split())
+    assert out.read_bytes().startswith(begins)
 
 
 def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    legends = []
-    legend = Axes.legend
+    legends, legend = [], Axes.legend
     monkeypatch.setattr(Axes, "legend", lambda axes: legends.append(legend(axes)))
     runs = [make_run(tmp_path / name, [4, 3]) for name in ("$5_vs_$6", "_a")]
     loss_curve.main([*runs, "--out", str(tmp_path / "runs.png")])
@@ -253,41 +315,29 @@ def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypa
     assert names[0].startswith(r" \$5_vs_\$6") and names[1].startswith(" _a")
 
 
-def test_a_column_that_a_log_lacks_is_told(tmp_path):
-    with pytest.raises(UserError, match="has no seconds"):
-        loss_curve.main([str(loss_curve.PUBLISHED), "--x", "seconds"])
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}',
-                                  '{"settings": 1, "differs": {}, "final": null}'])
-def test_a_broken_record_is_told(tmp_path, text):
-    run = Path(make_run(tmp_path / "one", [4]))
-    (run / "run.json").write_text(text)
-    with pytest.raises(UserError, match="run.json is not a run.json of train.py"):
-        loss_curve.main([str(run), "--out", str(tmp_path / "a.png")])
-
-
 def write_law(folder: Path, lengths: list[float]) -> list[str]:
     """Logs of runs whose last losses follow L = 1.3 + 1.6 (T / 1 M)^-0.25."""
-    paths = []
-    for millions in lengths:
-        paths.append(str(folder / f"{millions}.csv"))
-        head = "iteration,tokens,train_loss,val_loss\n1,1,9,9\n"
+    paths = [folder / f"{millions}.csv" for millions in lengths]
+    for path, millions in zip(paths, lengths, strict=True):
         row = f"2,{millions * 1e6},1,{1.3 + 1.6 * millions**-0.25}\n"
-        Path(paths[-1]).write_text(head + row)
-    return paths
+        path.write_text("iteration,tokens,train_loss,val_loss\n1,1,9,9\n" + row)
+    return [str(path) for path in paths]
 
 
 def test_a_power_law_is_found_again_and_extended(tmp_path, capsys):
     runs = write_law(tmp_path, [4, 0.2, 1, 0.4, 2])
     extrapolate.main([*runs, "--out", str(tmp_path / "a.png")])
-    law, _, *rows, check = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    (law, _, *rows), (_, *refits) = [part.splitlines() for part in out.split("\n\n")]
     assert law == "L = 1.300 + 1.600 (T / 1 M)^-0.250"
     fitted = {row.split()[0]: float(row.split()[3]) for row in rows}
     assert fitted["472.00"] == pytest.approx(1.3 + 1.6 * 472**-0.25, abs=1e-3)
-    low, high = float(rows[-1].split()[4]), float(rows[-1].split()[6])
-    assert low < fitted["472.00"] < high
-    assert check.endswith(f"4.00 M: {fitted['4.00']:.3f}")
+    said = {line[:line.index("  ")]: line.split()[-1] for line in refits}
+    exact = ["all runs", *[f"without {n} M" for n in ("0.20", "0.40", "1.00", "2.00", "4.00")],
+             "without 0.20 M and 0.40 M", "a = 1.3"]
+    assert all(float(said[name]) == pytest.approx(fitted["472.00"], abs=2e-3) for name in exact)
+    band = [float(rows[-1].split()[4]), float(rows[-1].split()[6])]
+    assert band[0] <= float(said["a = 0.9"]) < float(said["a = 1.2"]) < fitted["472.00"] < band[1]
     assert (tmp_path / "a.png").read_bytes()[:4] == PNG
 
 
@@ -295,24 +345,15 @@ def test_a_law_needs_runs_of_four_lengths_with_finite_losses(tmp_path):
     runs = write_law(tmp_path, [1, 2, 4])
     with pytest.raises(UserError, match="four lengths"):
         extrapolate.main([*runs, *runs])
-    for row in ("1,1e6,1,nan", "1,0,1,3"):
+    for row in ("1,1e6,1,nan", "1,1e6,1,3\n2,2e6,1,nan", "1,0,1,3"):
         (tmp_path / "bad.csv").write_text(f"iteration,tokens,train_loss,val_loss\n{row}\n")
         with pytest.raises(UserError, match="cannot be used"):
             extrapolate.main([*runs, str(tmp_path / "bad.csv")])
 
 
-def test_a_law_without_a_limit_is_found_too():
+@pytest.mark.parametrize("floor, best", [(None, 0), (0.2, 0.2)])
+def test_a_law_without_a_limit_is_found_too_and_a_given_limit_is_kept(floor, best):
     tokens = np.array([0.2e6, 1e6, 2e6, 4e6])
-    laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None])
-    assert 0 <= laws[0, 0] < 0.05  # as near as the grid of c allows
+    laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None], floor)
+    assert best <= laws[0, 0] < best + 0.05  # as near as the grid of c allows
     assert extrapolate.predict(laws, np.array([1e6])).item() == pytest.approx(2.5, abs=0.01)
-
-
-def test_a_picture_whose_name_is_a_folders_is_an_error_that_names_it(tmp_path):
-    run = make_run(tmp_path / "run", [4, 3])
-    (tmp_path / "pictures").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "plots.loss_curve", run, "--out", str(tmp_path / "pictures")],
-        cwd=Path(loss_curve.__file__).parents[1], capture_output=True, text=True,
-    )
-    assert done.returncode == 2 and f"{tmp_path / 'pictures'}\n" in done.stderr, done.stderr

@@ -2,8 +2,8 @@
 
 Fits L = a + b T^-c, a power law of the tokens T (Hoffmann et al., 2022, section 3.3), to the last
 validation losses of runs of one recipe, each with a schedule of its own length, and extends it.
-That is an extrapolation, not a measurement. Its interval says what the noise of the losses does
-to it, not whether the law holds so far out.
+That is an extrapolation, not a measurement. Its band holds refits: without some of the runs, with
+a given floor a, with noise added to the losses. Whether the law holds so far out nobody knows.
 """
 
 from pathlib import Path
@@ -12,58 +12,62 @@ from config import Parser, UserError, add_flag, cli, notice
 
 import numpy as np
 
-from plots.loss_curve import print_table, read_run, write_figure
+from plots.loss_curve import picture_path, print_table, read_runs, write_figure
 
-TARGETS = (41e6, 472e6)  # tokens: the reference run, and one pass over TinyStories
-DRAWS = 2000  # of the noise
+TARGETS = np.array([41e6, 472e6])  # tokens: the reference run, and one pass over TinyStories
+FLOORS = (0.9, 1.0, 1.1, 1.2, 1.3)  # nats per token
+Laws = dict[str, np.ndarray]  # a, b and c of laws (laws, 3), by what they were fitted to
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Fits a power law to the last losses of runs of one recipe, and extends it.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv")
-    add_flag(parser, "noise", float, 0.01, "standard deviation of a loss, from seed to seed",
-             at_least=0)
-    add_flag(parser, "out", str, "plots/extrapolation.png", "the PNG to write")
+    add_flag(parser, "noise", float, 0.01, "standard deviation of a loss over seeds", at_least=0)
+    add_flag(parser, "out", str, "plots/extrapolation.png", "the picture: .png, .pdf or .svg")
     args = parser.parse_args(argv)
-    last = [read_run(run).log[-1] for run in args.runs]
-    points = np.array(sorted((row.get("tokens", 0), row["val_loss"]) for row in last))
-    if not (np.isfinite(points) & (points > 0)).all():
-        raise UserError("a last row without tokens, or without a finite loss, cannot be used")
-    tokens, losses = points.T
+    out, points = picture_path(args.out), []
+    for text, run in zip(args.runs, read_runs(args.runs), strict=True):
+        if run.problem or run.diverged or not 0 < run.log[-1]["tokens"] < np.inf:
+            raise UserError(f"{text} cannot be used: {run.problem or 'look at its last row'}")
+        points.append((run.log[-1]["tokens"], run.log[-1]["val_loss"]))
+    tokens, losses = np.array(sorted(points)).T
     if len(set(tokens)) < 4:
         raise UserError("a curve of three numbers needs runs of four lengths, or more")
-    law = fit(tokens, losses[None])
-    noise = np.random.default_rng(0).normal(scale=args.noise, size=(DRAWS, len(losses)))
-    draws = fit(tokens, losses + noise)
-    a, b, c = law[0]
-    print(f"L = {a:.3f} + {b:.3f} (T / 1 M)^-{c:.3f}")
-    table = []
-    counts = np.array([*sorted(set(tokens)), *TARGETS])
-    for count, value, low, high in zip(counts, *curve_and_band(law, draws, counts), strict=True):
-        measured = ", ".join(f"{loss:.3f}" for loss in losses[tokens == count])
-        table.append([f"{count / 1e6:.2f} M", measured or "-", f"{value:.3f}",
-                      f"{low:.3f} to {high:.3f}"])
-    print_table(["tokens", "measured", "fitted", "nine of ten draws of the noise"], table)
-    longest = tokens.max()
-    if len(set(tokens)) > 4:  # the law is tried where the answer is known
-        shorter = tokens < longest
-        said = predict(fit(tokens[shorter], losses[None, shorter]), tokens[-1:])
-        print(f"from the shorter runs alone, for {longest / 1e6:.2f} M: {said.item():.3f}")
-    draw(Path(args.out), tokens, losses, law, draws)
-    notice(f"wrote {args.out}")
+    laws = refits(tokens, losses, args.noise)
+    print_laws(tokens, losses, laws)
+    draw_law(out, tokens, losses, laws)
+    notice(f"wrote {out}")
 
 
-def fit(tokens: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """a, b and c (draws, 3) for losses (draws, runs): least squares, with a not below zero.
+def refits(tokens: np.ndarray, losses: np.ndarray, noise: float) -> Laws:
+    """The laws of all runs, without those of one length, without the two shortest lengths (of five
+    or more), of all runs with each of FLOORS, and with normal noise of so many nats added.
+    """
+    laws = {"all runs": fit(tokens, losses[None])}
+    lengths = sorted(set(tokens))
+    left_out = [[length] for length in lengths]
+    if len(lengths) > 4:
+        left_out.append(lengths[:2])
+    for some in left_out:
+        kept = ~np.isin(tokens, some)
+        name = "without " + " and ".join(f"{length / 1e6:.2f} M" for length in some)
+        laws[name] = fit(tokens[kept], losses[None, kept])
+    for floor in FLOORS:
+        laws[f"a = {floor}"] = fit(tokens, losses[None], floor)
+    added = np.random.default_rng(0).normal(scale=noise, size=(2000, len(losses)))
+    return laws | {"nine of ten draws of the noise": fit(tokens, losses + added)}
 
-    For a given c this is a linear problem in a and b; c is the best of a fine grid.
+
+def fit(tokens: np.ndarray, losses: np.ndarray, floor: float | None = None) -> np.ndarray:
+    """a, b and c (laws, 3) for losses (laws, runs): least squares, with a not below zero, or with
+    `floor` as a. For a given c the problem is linear in a and b; c is the best of a fine grid.
     """
     best = np.full((len(losses), 4), np.inf)  # squared error, a, b, c
     for c in np.arange(0.02, 1.5, 0.001):
         power = (tokens / 1e6) ** -c
-        a, b = np.linalg.pinv(np.stack([np.ones(len(tokens)), power], axis=1)) @ losses.T
-        b = np.where(a < 0, losses @ power / (power @ power), b)  # the best without an a
-        a = a.clip(min=0)
+        a = np.linalg.pinv(np.stack([np.ones(len(tokens)), power], axis=1))[0] @ losses.T
+        a = a.clip(min=0) if floor is None else np.full(len(losses), floor)
+        b = (losses - a[:, None]) @ power / (power @ power)  # the best for this a
         errors = ((a[:, None] + b[:, None] * power - losses) ** 2).sum(axis=1)
         better = errors < best[:, 0]
         best[better] = np.stack([errors, a, b, np.full(len(a), c)], axis=1)[better]
@@ -71,37 +75,52 @@ def fit(tokens: np.ndarray, losses: np.ndarray) -> np.ndarray:
 
 
 def predict(laws: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The losses (draws, counts) of laws (draws, 3) after so many tokens (counts,)."""
+    """The losses (laws, counts) of laws (laws, 3) after so many tokens (counts,)."""
     a, b, c = laws.T[..., None]
     return a + b * (tokens / 1e6) ** -c
 
 
-def curve_and_band(law: np.ndarray, draws: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
-    """The law's losses, and the bounds of nine draws in ten, each (counts,)."""
-    return [predict(law, tokens)[0], *np.quantile(predict(draws, tokens), (0.05, 0.95), axis=0)]
+def bounds(laws: Laws, tokens: np.ndarray) -> np.ndarray:
+    """The lowest and the highest losses by all laws, of the noise nine of ten: (2, counts)."""
+    some = [np.quantile(predict(law, tokens), (0.05, 0.95), axis=0) for law in laws.values()]
+    return np.array([np.min(some, axis=(0, 1)), np.max(some, axis=(0, 1))])
 
 
-def draw(path: Path, tokens: np.ndarray, losses: np.ndarray, law: np.ndarray,
-         draws: np.ndarray) -> None:
-    """Writes a PNG: the runs, the law, and the band of nine draws in ten."""
+def print_laws(tokens: np.ndarray, losses: np.ndarray, laws: Laws) -> None:
+    """The law of all runs beside what was measured, and all refits, for the longest run too."""
+    law, counts = laws["all runs"], np.array([*sorted(set(tokens)), *TARGETS])
+    print("L = {:.3f} + {:.3f} (T / 1 M)^-{:.3f}".format(*law[0]))
+    table, ranges = [], [f"{low:.3f} to {high:.3f}" for low, high in bounds(laws, counts).T]
+    for count, value, band in zip(counts, predict(law, counts)[0], ranges, strict=True):
+        measured = ", ".join(f"{loss:.3f}" for loss in losses[tokens == count])
+        table.append([f"{count / 1e6:.2f} M", measured or "-", f"{value:.3f}", band])
+    print_table(["tokens", "measured", "fitted", "band"], table)
+    print()
+    counts, table = np.array([tokens.max(), *TARGETS]), []
+    for name, law in laws.items():
+        cells = [f"{number:.3f}" for number in (*law[0], *predict(law, counts)[0])]
+        if len(law) > 1:
+            ranges = [f"{low:.3f} to {high:.3f}" for low, high in bounds({name: law}, counts).T]
+            cells = ["-"] * 3 + ranges
+        table.append([name, *cells])
+    print_table(["refit", "a", "b", "c", *[f"{count / 1e6:.2f} M" for count in counts]], table)
+
+
+def draw_law(path: Path, tokens: np.ndarray, losses: np.ndarray, laws: Laws) -> None:
+    """Writes a picture: the runs, the law of all of them, and the band."""
     from matplotlib.figure import Figure
-
-    at = np.sort([*np.geomspace(tokens.min(), max(TARGETS)), tokens.max()])
-    line, low, high = curve_and_band(law, draws, at)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(at, low, high, color="tab:blue", alpha=0.2)
-    inside, outside = at <= tokens.max(), at >= tokens.max()
-    axes.plot(at[inside], line[inside], color="tab:blue", label="fitted")
-    axes.plot(at[outside], line[outside], "--", color="tab:blue", label="extrapolated, not run")
+    at = np.geomspace(tokens.min(), TARGETS.max())
+    axes.fill_between(at, *bounds(laws, at), color="tab:blue", alpha=0.2, label="refits")
+    inside = np.geomspace(tokens.min(), tokens.max())
+    for some, style, label in ((inside, "-", "fitted"), (at, "--", "extrapolated, not run")):
+        axes.plot(some, predict(laws["all runs"], some)[0], style, color="tab:blue", label=label)
     axes.plot(tokens, losses, "ko", label="runs")
-    targets = np.array(TARGETS)
-    for target, value, _, top in zip(targets, *curve_and_band(law, draws, targets), strict=True):
-        axes.plot(target, value, "o", color="tab:blue", markerfacecolor="white")
-        axes.annotate(f"{target / 1e6:.0f} M: {value:.2f}", (target, top), xytext=(0, 6),
-                      textcoords="offset points", ha="center")
-    axes.set(xlabel="tokens", xscale="log", ylabel="validation loss (nats per token)")
-    axes.margins(x=0.07)
+    for target, low, high in zip(TARGETS, *bounds(laws, TARGETS), strict=True):
+        axes.annotate(f"{target / 1e6:.0f} M: {low:.2f} to {high:.2f}", (target, low), ha="right",
+                      xytext=(0, -14), textcoords="offset points")
+    axes.set(xlabel="tokens", xscale="log", ylabel="validation loss (nats per token)", ymargin=0.1)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)
