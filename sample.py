@@ -1,6 +1,6 @@
 """Writes stories with a trained model: `python sample.py --prompt "One day, a cat"`.
 
-`--save_hf DIR` writes the model itself instead, as a folder that Hugging Face's libraries read.
+With `--save_hf DIR` it writes the model instead, as a folder that Hugging Face's libraries read.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def parse_command_line(argv: list[str]) -> Any:
 
 
 def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
-    """Prints the prompt and its continuation: one story as it comes, several once all are whole."""
+    """Prints the prompt and its continuation: a single story token by token, several when whole."""
     ids, count = prompt_ids(prompt, model), args.num_samples
     generator = torch.Generator(ids.device).manual_seed(seed)
     drawn = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
@@ -84,10 +84,10 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def read_prompt(text: str) -> str:
-    """The prompt; standard input for -, less its last line end. UserError if it is not UTF-8."""
+    """The prompt; for - standard input, without its last line end. UserError if it is not UTF-8."""
     try:
         if text == "-":
-            if hasattr(sys.stdin, "reconfigure"):  # a notebook's has not
+            if hasattr(sys.stdin, "reconfigure"):  # a notebook's cannot be
                 sys.stdin.reconfigure(encoding="utf-8")
             text = sys.stdin.read() if sys.stdin else ""
             text = text.removesuffix("\n").removesuffix("\r")
@@ -98,7 +98,7 @@ def read_prompt(text: str) -> str:
 
 
 def read_model(checkpoint: str | None) -> tuple[gpt.GPT, str]:
-    """The model of `checkpoint`, or of the newest there is; and which that is."""
+    """The model in `checkpoint` (None: in the newest model.pt), and the checkpoint's path."""
     checkpoint = checkpoint or newest_checkpoint()
     if gpt.is_hub_name(checkpoint):
         notice(f"there is no {checkpoint} here: asking the Hugging Face Hub")
@@ -109,13 +109,13 @@ def read_model(checkpoint: str | None) -> tuple[gpt.GPT, str]:
 
 
 def newest_checkpoint() -> str:
-    """The model.pt under out/ that was written last. UserError if there is none."""
+    """The newest out/*/model.pt. UserError if there is none."""
     model = max(Path("out").glob("*/model.pt"), key=os.path.getmtime, default=None)
     if model:
         return str(model)
     way = "train one (python train.py --preset demo), or name one with --checkpoint"
     run = max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
-    if run:  # none has come to its first evaluation
+    if run:  # it was stopped before its first evaluation
         path, folder = shlex.quote(str(run)), shlex.quote(str(run.parent))
         way = (f"sample what is there (--checkpoint {path}), or go on with it (python train.py "
                f"--resume --out_dir {folder})")
@@ -123,7 +123,7 @@ def newest_checkpoint() -> str:
 
 
 def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
-    """The token ids that the model reads, (T,), on its device: no more than its context holds."""
+    """The prompt's token ids, (T,), on the model's device: the last that its context holds."""
     ids = encode_text(prompt).tolist() or [END_OF_TEXT]
     size = model.config.block_size
     if len(ids) > size:
@@ -135,7 +135,9 @@ def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
 
 
 def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
-    """Weights, tokenizer and model card in a new folder, whole or not at all. UserError if not."""
+    """Writes weights, tokenizer and model card to a new folder. UserError, and no folder, if one of
+    them cannot be written.
+    """
     from transformers import AutoTokenizer, logging
 
     logging.disable_progress_bar()
@@ -158,10 +160,10 @@ def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
             card.write_text(model_card(model, checkpoint), encoding="utf-8")
             for file in partial.iterdir():
                 with contextlib.suppress(OSError):  # some file systems have no modes
-                    shutil.copymode(card, file)  # that of safetensors is private
+                    shutil.copymode(card, file)  # safetensors' file may be read by its owner only
                 flush_to_disk(file)
             os.replace(partial, target)
-    except Exception as problem:  # a full disk is an error of its own kind to safetensors
+    except Exception as problem:  # on a full disk, safetensors raises an error of its own
         raise UserError(f"{folder} cannot be written: {str(problem)[:200]}") from problem
     notice(f"wrote {folder} from {checkpoint}: read it with transformers, or --checkpoint {folder}")
 
@@ -170,48 +172,44 @@ CARD = """---
 {head}
 ---
 
-# GPT, {parameters:.1f} M parameters
+# A GPT with {millions:.1f} M parameters
 
-GPT-2's architecture and tokenizer: {config.n_layer} layers, {config.n_head} heads, width
-{config.n_embd}, {config.gelu} GELU. A text has at most {config.block_size} tokens, prompt included:
+It has GPT-2's architecture and tokenizer. A text has at most {size} tokens, prompt included:
 `transformers.pipeline("text-generation", model="FOLDER")("Once upon a time")`.
 
+| | |
+| --- | --- |
+{rows}
 """
 NOT_IN_CARD = ("data_dir", "out_dir", "plot_dir", "device", "dtype", "compile", "device_batch_size",
-               "checkpoint_minutes", "dataset", "init_from")  # of the place a run was in
+               "checkpoint_minutes", "dataset", "init_from")  # they tell of the machine
+SCORES = ("iteration", "tokens", "train_loss", "val_loss", "val_bits_per_byte")
 
 
 def model_card(model: gpt.GPT, checkpoint: str) -> str:
-    """The folder's README.md: what the model is; if it is ours, its data, losses and recipe too."""
+    """The folder's README.md: what the model is; if it is ours, its data, losses and settings."""
     from huggingface_hub import ModelCardData
 
-    config, dataset, path = model.config, model.config.dataset, Path(checkpoint)
-    ours = path.is_file()
-    on_hub = ours and dataset != "toy" and not is_path(dataset)
-    base = config.init_from
-    base_on_hub = ours and base and gpt.is_hub_name(base) and not is_path(base)
-    head = ModelCardData(language="en", library_name="transformers", pipeline_tag="text-generation",
-                         tags=["gpt2", "tinystories"], datasets=[dataset] if on_hub else None,
-                         base_model=base if base_on_hub else None)
-    parameters = model.parameter_count() / 1e6
-    card = CARD.format(head=head.to_yaml(), parameters=parameters, config=config)
-    if not ours:
-        return f"{card}Its weights are those of {checkpoint}.\n"
-    facts = gpt.load_file(path)
-    state = facts.get("state", facts)  # a ckpt.pt keeps its evaluations in its state
-    scored = state["log"][-1] if state.get("log") else state
-    if "val_loss" in scored:
-        card += (f"Trained on {Path(dataset).name}. On evenly spaced windows of each split, at "
-                 f"iteration {scored['iteration']:,} ({scored['tokens']:,} tokens): training loss "
-                 f"{scored['train_loss']:.4f} and validation loss {scored['val_loss']:.4f} nats "
-                 f"per token, {scored['val_bits_per_byte']:.4f} bits per byte.\n\n")
-        if state["iteration"] > scored["iteration"]:
-            card += f"The weights are those of iteration {state['iteration']:,}.\n\n"
-    card += "The settings of its run:\n\n| | |\n| --- | --- |\n"
-    for name, value in dataclasses.asdict(config).items():
-        if name not in NOT_IN_CARD:
-            card += f"| {name} | {value} |\n"
-    return card
+    config, ours = model.config, Path(checkpoint).is_file()  # else it comes from Hugging Face
+    base, table = config.init_from if ours else checkpoint, {}
+    tales = ours and config.dataset in ("toy", "roneneldan/TinyStories")
+    if base:
+        table["weights it began with"] = "/".join(Path(base).parts[-2:])  # a path's end is enough
+    if ours:
+        facts = gpt.load_file(Path(checkpoint))
+        state = facts.get("state", facts)  # a ckpt.pt keeps its evaluations in its state
+        row = state["log"][-1] if state.get("log") else state
+        table |= {"data": Path(config.dataset).name, "iterations": state["iteration"]}
+        table |= {f"last evaluation: {k}": round(row[k], 4) for k in SCORES if k in row}
+        table |= {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_CARD}
+    head = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation",
+        language="en" if tales else None, tags=["gpt2", "tinystories"] if tales else ["gpt2"],
+        datasets=[config.dataset] if tales and config.dataset != "toy" else None,
+        base_model=base if base and gpt.is_hub_name(base) and not is_path(base) else None)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
+    return CARD.format(head=head.to_yaml(), millions=model.parameter_count() / 1e6,
+                       size=config.block_size, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Shows what a model's attention heads look at: `python -m plots.attention --data_dir data/toy`.
 
-A picture of every head's attention over a prompt, or of one head's, beside the tokens that the
-model expects next; and a table of where each head looks and what it is worth. A legend below it
-explains the columns. A text's first token can only look at itself: its row counts nowhere.
+It draws the attention of every head over a prompt, or of one head, beside the tokens that the
+model expects next. It prints a table of where each head looks and what it is worth, and a legend
+that explains the columns. The first token of a text can only look at itself: its row is left out.
 """
 
+import contextlib
 import itertools
 import math
 import textwrap
@@ -26,7 +27,7 @@ from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
 WINDOWS = 256  # of the validation split
-COVERED = 0.999  # of the model's probability, see `silence_each`
+COVERED = 0.999  # the share of the model's probability that `silence_each` computes exactly
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
          "same": "same token", "after": "induction"}
 NAMED_FROM, BROAD_FROM = 3, 0.75  # times even attention's share, and entropy
@@ -37,7 +38,7 @@ on earlier copies of the token and on what followed those (induction). does: the
 exceeds {NAMED_FROM} times even attention's, or a half; else broad, if the entropy is at least
 {BROAD_FROM:.0%} of even attention's; else mixed. worth: by how much the validation loss rises when
 this head alone is silenced, and the standard error of that; 0 if below two of these."""
-Table = dict[str, Tensor]  # figures of every head, each (blocks, heads)
+Table = dict[str, Tensor]  # the figures of a column of the table, (blocks, heads)
 
 
 def main(argv: list[str]) -> None:
@@ -80,31 +81,30 @@ def validation_windows(data_dir: str, size: int) -> Tensor:
     return torch.from_numpy(windows.astype("int64"))
 
 
-def streams(model: GPT, ids: Tensor) -> list[Tensor]:
-    """What each block reads of ids (B, T), and what the last one writes: (B, T, C) each."""
-    parts = model.transformer
-    stream = [parts.wte(ids) + parts.wpe.weight[: ids.size(1)]]
-    for block in parts.h:
-        stream.append(block(stream[-1]))
-    return stream
+def inputs_of(modules: list[nn.Module], model: GPT, ids: Tensor) -> list[Tensor]:
+    """What each of these modules reads, (B, T, C), while the model reads ids (B, T)."""
+    inputs: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+            hooks.enter_context(hook)
+        model.features(ids)
+    return inputs
 
 
 @torch.no_grad()
 def attention_maps(model: GPT, ids: Tensor) -> Tensor:
-    """The weights of queries (rows) for keys (columns) over ids (T,): (blocks, heads, T, T)."""
-    T, maps = len(ids), []
-    future = torch.full((T, T), -torch.inf, device=ids.device).triu(1)
-    inputs = streams(model, ids.unsqueeze(0))
-    for x, block in zip(inputs[:-1], model.transformer.h, strict=True):
-        qkv = block.attn.c_attn(block.ln_1(x)).view(T, 3, model.config.n_head, -1)
-        q, k, _ = qkv.permute(1, 2, 0, 3)  # (heads, T, width) each
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(2))
-        maps.append((scores + future).softmax(2))
-    return torch.stack(maps)
+    """The attention of queries (rows) to keys (columns) over ids (T,): (blocks, heads, T, T)."""
+    layers = [block.attn for block in model.transformer.h]
+    maps = []
+    for layer, x in zip(layers, inputs_of(layers, model, ids.unsqueeze(0)), strict=True):
+        q, k, _ = layer.queries_keys_values(x)
+        maps.append(layer.weights(q, k))
+    return torch.cat(maps)
 
 
 def places(ids: Tensor) -> Table:
-    """Masks (T, T): which keys (columns) are what to a query (row); "back": how far they are."""
+    """Masks (T, T) of what a key (column) is to a query (row); "back" is how far back it stands."""
     key = torch.arange(len(ids), device=ids.device)
     query = key.unsqueeze(1)
     same = ids == ids.unsqueeze(1)
@@ -115,8 +115,8 @@ def places(ids: Tensor) -> Table:
 
 
 def head_table(model: GPT, windows: Tensor) -> Table:
-    """LEGEND's figures of every head over windows (W, T), and those of even attention ("even bits",
-    (1, 1), for one). Means over the queries that have such keys; NaN if none has.
+    """LEGEND's figures of every head over windows (W, T), as means over the queries that have such
+    keys (NaN if none has), and the same for even attention, as "even bits", (1, 1), and so on.
     """
     T, sums, counts = windows.size(1), defaultdict(float), defaultdict(float)
     even = F.normalize(torch.ones(1, 1, T, T, device=windows.device).tril(), p=1, dim=3)
@@ -132,7 +132,7 @@ def head_table(model: GPT, windows: Tensor) -> Table:
 
 
 def head_name(table: Table, layer: int, head: int) -> str:
-    """What a head does, in a word or two, as LEGEND says."""
+    """What a head does, in one or two words, by the rules of LEGEND."""
     wanted = {name: (NAMED_FROM * table[f"even {name}"]).clamp(max=0.5) for name in NAMES}
     fits = {name: (table[name][layer, head] / wanted[name]).nan_to_num().item() for name in NAMES}
     best = max(fits, key=lambda name: fits[name])
@@ -142,7 +142,7 @@ def head_name(table: Table, layer: int, head: int) -> str:
 
 
 def silenced(model: GPT, layer: int, head: int) -> Any:
-    """A context in which one head's output is zero, before the projection that mixes the heads."""
+    """A context in which the projection that mixes the heads reads zeros from one of them."""
     width = model.config.n_embd // model.config.n_head
 
     def zero(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -155,25 +155,26 @@ def silenced(model: GPT, layer: int, head: int) -> Any:
 
 @torch.no_grad()
 def silence_each(model: GPT, windows: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
-    """The loss over windows (W, T + 1), and by how much that of each rises without one head:
-    (blocks, heads, W), in nats per token.
+    """The loss over windows (W, T + 1), in nats per token, and how much the loss of each window
+    rises without each head, (blocks, heads, W).
 
-    The logits of a batch are those of its targets and of the likeliest ids, which hold COVERED of
-    the probability; all others are one more, the log of their sum, to first order in the features.
+    In every batch, logits are computed for its targets and for the likeliest ids, which together
+    have COVERED of the probability. All other ids count as one, whose logit, the log of the sum of
+    theirs, is followed to first order in the features.
     """
     blocks, heads, weight = model.transformer.h, model.config.n_head, model.transformer.wte.weight
     losses, rises = [], []
-    batches = windows.split(max(1, 512 // (windows.size(1) - 1)))  # one holds all its logits
+    batches = windows.split(max(1, 512 // (windows.size(1) - 1)))  # all their logits are held
     for batch in tqdm(batches, desc="silencing each head", unit=" batches", leave=False):
         with torch.autocast(windows.device.type, dtype, enabled=dtype != torch.float32):
-            inputs = streams(model, batch[:, :-1])
+            inputs = inputs_of([*blocks, model.transformer.ln_f], model, batch[:, :-1])
             intact = model.transformer.ln_f(inputs[-1]).flatten(0, 1)  # (B x T, C)
             logits, targets = F.linear(intact, weight).float(), batch[:, 1:].flatten()
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             share, ids = logits.softmax(1).mean(0).sort(descending=True)
             kept = torch.cat([ids[share.cumsum(0) - share < COVERED], targets]).unique()
             answers = torch.searchsorted(kept, targets).unsqueeze(1)
-            logits[:, kept] = -1e9  # what is left are the others
+            logits[:, kept] = -1e9  # what remains are the logits of the others
             others, slope = logits.logsumexp(1), logits.softmax(1) @ weight
             few, silent = weight[kept].to(dtype), []
             for layer, head in itertools.product(range(len(blocks)), range(heads)):
@@ -204,7 +205,7 @@ def print_heads(table: Table, rises: Tensor | None) -> None:
 
 
 def visible(token: bytes) -> str:
-    """A token as it is drawn: a space as ␣, a line end as ↵, what the font lacks as bytes."""
+    """A token as it is drawn: a space as ␣, a line end as ↵, and as bytes what the font lacks."""
     from matplotlib.font_manager import findfont, get_font
 
     text = token.decode(errors="replace").replace(" ", "␣").replace("\n", "↵")
@@ -215,15 +216,15 @@ def visible(token: bytes) -> str:
 
 
 def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int] | None) -> None:
-    """Writes a PNG: maps over ids (T,) of all heads, or of `one` (block, head) with its tokens."""
+    """Draws maps over ids (T,): of all heads, or of `one` (block, head) with its tokens."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     maps = attention_maps(model, ids).cpu()
-    maps += torch.full(maps.shape[2:], math.nan).triu(1)  # the triangle only
+    maps += torch.full(maps.shape[2:], math.nan).triu(1)  # what lies ahead is not drawn
     tokens = [visible(token_bytes()[token]) for token in ids.tolist()]
     blocks, heads = (1, 1) if one else maps.shape[:2]
-    # In inches, ten of which a page shows legibly. A map's tokens need 0.15 each.
+    # Inches, of which ten can be read on a page. Beside one map, each token needs 0.15.
     width = max(7.5, 0.15 * len(tokens) + 1.5 if one else 1.1 * heads + 0.9)
     height = width - 0.5 if one else max(4.5, 1.25 * blocks + 1.5)
     figure = Figure(figsize=(width + 2.5, height), layout="constrained")
