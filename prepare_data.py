@@ -38,7 +38,9 @@ import tiktoken
 from tqdm import tqdm
 
 END_OF_TEXT = 50256
-SEPARATOR = "<|endoftext|>"  # between the stories of a .txt file
+SEPARATOR = "<|endoftext|>"  # between stories, in every format
+# What else people have between the stories of a .txt file; blank lines, the least certain, last.
+OTHER_SEPARATORS = ("</s>", "<|end_of_text|>", "<eos>", "\n---\n", "\n***\n", "\n===\n", "\n\n")
 VOCABULARY = {  # GPT-2's files and their SHA-256
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -62,10 +64,14 @@ def main(argv: list[str]) -> None:
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
              "no validation split; of a single story, the share to cut off its end "
              f"(default: {VAL_FRACTION})", above=0, below=1)
+    parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="what else stands "
+                        r"between the stories of a .txt file: </s>, say, or \n\n for blank lines "
+                        "(default: %(default)s)")
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
+    args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
     prepare(**vars(args))
 
 
@@ -146,8 +152,12 @@ def same_dataset(a: str, b: str) -> bool:
 def local_path(dataset: str) -> Path:
     """The path of a local dataset. UserError if nothing is there."""
     path = Path(identity(dataset))
+    if "://" in dataset:
+        raise UserError(f"{dataset} is a web address: download it first, or, if it is a dataset of "
+                        "the Hugging Face Hub, name it as owner/name")
     if not path.exists():
-        raise UserError(f"{dataset} is not there; {OFFLINE}")
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise UserError(f"{dataset} is not there{config.nearest(path.name, siblings)}")
     return path
 
 
@@ -170,13 +180,16 @@ def suffix_of(path: str | Path) -> str:
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
-SPLIT = re.compile(r"(?:.*-)?(train|validation|valid|val|dev|test)(?:-\d+(?:-of-\d+(?:-\w+)?)?)?")
+SPLIT = re.compile(
+    r"(?:.*[-_. ])?(train|val|valid|validation|eval|evaluation|dev|test)"
+    r"(?:[-_. \d]|v\d|of|set|split|part|data|text|stories|clean|raw|full|final|new)*"
+    r"(?:-\d+-of-\d+(?:-\w+)?)?")  # a shard's ending on the Hub, at times with a hash
 
 
 def split_of(path: Path) -> str:
-    """The split that a file's name gives, or else one of its folders: train, val or test. A name
-    gives a split if it is one, or ends in a hyphen and one ("stories-valid"); a shard's number may
-    follow ("train-00000-of-00004"). A file whose path gives none is training text.
+    """The split that a file's name gives, or else one of its folders: train, val or test. The last
+    word of a name decides, numbers and such words as "set" left out: "val" of "my_val_2", and not
+    "test" of "test_of_courage". A file whose path gives no split is training text.
     """
     stem = Path(path.name.lower().removesuffix(".gz")).stem
     for name in (stem, *reversed(path.parts[:-1])):
@@ -194,6 +207,11 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
         # A file that is named itself is training text, whatever its name is.
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
+        if file.name in ("dataset_info.json", "dataset_dict.json"):
+            raise UserError(f"{file.parent} was written by `save_to_disk`: in Python, write its "
+                            "splits to files with `to_parquet`, and name these")
+    if (path / "meta.json").exists() and (path / "train.bin").exists():
+        raise UserError(f"{dataset} is prepared already: python train.py --data_dir {dataset}")
     if path.is_dir():
         for split, files in found.items():
             names = ", ".join(str(file.relative_to(path)) for file in files[:20])
@@ -229,34 +247,53 @@ def fingerprint(dataset: str) -> str | None:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-def read_rows(path: Path) -> Iterator[Any]:
+# The first bytes of what is something else; a name whose ending is in the words may begin so.
+SIGNATURES = {
+    "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
+    "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",
+    "an archive (zip, .gz ...) or PDF: unpack or convert it":
+        rb"PK\x03\x04|\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc|Rar!|\x28\xb5\x2f\xfd|%PDF-|.{257}ustar",
+    "a .json or .jsonl file: rename it": rb'\[?\s*\{\s*"\w+"\s*:',
+}
+
+
+def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
     """What each row of a file holds, not yet checked: its text (a string, None, anything), or, of
-    JSON, the whole value.
+    JSON, the whole value. UserError for a file that its first bytes show to be something else.
     """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    for kind, pattern in SIGNATURES.items():
+        if path.suffix.lower() not in kind and re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise UserError(f"{path} is {kind}")
     suffix = suffix_of(path)
     open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     if suffix == ".parquet":
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
 
-        with open_file(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+        file = open_file(path, "rb")
+        # Pages whose checksum is wrong are refused; not every file has checksums.
+        with file, ParquetFile(file, page_checksum_verification=True) as table:
             column = column_of(table.schema_arrow.names, path)
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
         return
-    read = {".csv": read_csv, ".txt": read_txt, ".json": read_json, ".jsonl": read_json_lines}
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        yield from read[suffix](file, path)
+    read = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines}
+    line_ends = None if suffix == ".txt" else ""  # None: all of them become \n
+    with open_file(path, "rt", encoding="utf-8-sig", newline=line_ends) as file:
+        yield from read[suffix](file, separator if suffix == ".txt" else path)
 
 
-def read_txt(file: Any, path: Path) -> Iterator[str]:
+def read_txt(file: Any, separator: str) -> Iterator[str]:
     rest = ""
     # A story longer than a block is read in blocks that grow with it, and so in linear time.
     while text := file.read(max(BLOCK, len(rest))):
         if text.count("\0") > len(text) // 4:  # as every other byte of UTF-16 is
             raise UnicodeError("it is full of NUL characters")
-        *stories, rest = (rest + text).split(SEPARATOR)
+        *stories, rest = (rest + text).replace(separator, SEPARATOR).split(SEPARATOR)
         yield from stories
-    yield rest
+    if tidy(rest):  # behind the last separator stands a line end, which is no empty story
+        yield rest
 
 
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
@@ -303,43 +340,52 @@ def read_hub(split: Any, name: str) -> Iterator[Any]:
 
 
 def column_of(names: Iterable[str], where: object) -> str:
-    """text or story, whichever there is. UserError, about `where`, if neither or two of one."""
-    for name in ("text", "story"):
-        if list(names).count(name) > 1:
-            raise UserError(f"{where} has two columns {name}: rename the one that is not meant")
-        if name in names:
-            return name
-    raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}")
+    """The name of the column text, or else story. UserError, about `where`, if it has neither."""
+    for wanted in ("text", "story"):
+        found = [name for name in names if name == wanted]
+        found = found or [name for name in names if name.strip().lower() == wanted]
+        if len(found) > 1:
+            raise UserError(f"{where} has two columns {wanted}: rename the one that is not meant")
+        if found:
+            return found[0]
+    raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}; if it "
+                    "holds no stories, take it out of the dataset")
 
 
 # ---------------------------------------------------------------------------------- Rows to stories
 
 
 class Source(NamedTuple):
-    """A split: `read()` begins to read its stories; `total` is how many there are, if known."""
+    """A split: `read()` begins to read its stories; `if_empty` is the error if there are none;
+    `total` is how many there are, if known.
+    """
 
     read: Callable[[], Iterator[str]]
+    if_empty: str = ""
     total: int | None = None
 
 
 Splits = dict[str, Source]  # of train, val, both or none
 
 
-def given(stories: Sequence[str]) -> Source:
-    return Source(lambda: (story for story in stories), len(stories))
+def given(stories: Sequence[str], if_empty: str = "") -> Source:
+    return Source(lambda: (story for story in stories), if_empty, len(stories))
 
 
-def find_splits(dataset: str) -> Splits:
+def find_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
     """The splits that `dataset` has itself. UserError, here or later, if it cannot be read."""
     if dataset == "toy":
         return {"train": given(toy_stories()[:-800]), "val": given(toy_stories()[-800:])}
     if not is_path(dataset):
         return find_hub_splits(dataset)
-    found = find_files(dataset)
+    found, sources = find_files(dataset), {}
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
-    return {split: Source(partial(read_stories, read_rows, files))
-            for split, files in found.items()}
+    for split, files in found.items():
+        read = partial(read_stories, partial(read_rows, separator=separator), files)
+        names = ", ".join(map(str, files[:3]))
+        sources[split] = Source(read, f"there is no story: {names} is empty")
+    return sources
 
 
 def find_hub_splits(dataset: str) -> Splits:
@@ -360,7 +406,8 @@ def find_hub_splits(dataset: str) -> Splits:
         else:
             known = (found[name].info.splits or {}).get(name)
             read = partial(read_stories, partial(read_hub, found[name]), [dataset])
-            sources[split] = Source(read, known and known.num_examples)
+            empty = f"there is no story: the split {name} of {dataset} is empty"
+            sources[split] = Source(read, empty, known and known.num_examples)
     return sources
 
 
@@ -395,13 +442,19 @@ def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
                 if not isinstance(text, str):
                     what = f"the text is no string, but {text!r:.80}"
                     raise UserError(f"{name}, row {number}: {what}")
-                yield tidy(text)
+                *stories, last = text.split(SEPARATOR)
+                yield from map(tidy, stories)
+                last = tidy(last)
+                if last or not stories:  # what follows a separator at the end is no empty story
+                    yield last
         except (UserError, MemoryError):
             raise
+        except UnicodeError as problem:  # somewhere in the next block, not just in the next row
+            where = f" after row {number}" if number else ""
+            raise UserError(f"{name}{where}: {problem}: convert it to UTF-8") from problem
         except Exception as problem:  # those of pyarrow and datasets are of many kinds
-            advice = ": convert it to UTF-8" if isinstance(problem, UnicodeError) else ""
-            where = f" behind row {number}" if number else ""
-            raise UserError(f"{name} cannot be read{where}: {problem!s:.300}{advice}") from problem
+            where = f", row {number + 1}," if number else ""
+            raise UserError(f"{name}{where} cannot be read: {problem!s:.300}") from problem
 
 
 def tidy(text: str) -> str:
@@ -469,7 +522,8 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
 
 def prepare(
     dataset: str, data_dir: str | Path, val_dataset: str | None = None,
-    val_fraction: float | None = None, num_threads: int = THREADS, overwrite: bool = False,
+    val_fraction: float | None = None, separator: str = SEPARATOR, num_threads: int = THREADS,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and meta.json into `data_dir`, unless this input has made them
     before; returns what meta.json holds. UserError if there are others (without `overwrite`), or
@@ -482,6 +536,7 @@ def prepare(
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
         "val_fraction": val_fraction or VAL_FRACTION,
+        "separator": separator,
         "input_sha256": fingerprint(dataset),
         "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
@@ -490,22 +545,25 @@ def prepare(
     with locked_folder(folder):
         if not overwrite and any(os.path.lexists(folder / name) for name in FILES):
             return already_done(folder, meta)
-        sources = find_splits(dataset)
+        sources = find_splits(dataset, separator)
         if val_dataset is not None:
             if "val" in sources:
                 notice(f"{dataset} has a validation split, left out for {val_dataset}")
-            other = find_splits(val_dataset)
-            sources["val"] = other.get("val") or other.get("train") or given([])
+            other = find_splits(val_dataset, separator)
+            if not other:
+                raise UserError(f"{val_dataset} has no split but test: name a file of it")
+            sources["val"] = other.get("val") or other["train"]
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
                             "it is training text")
         if "val" not in sources:
             sources = divide(sources["train"], dataset, folder, val_fraction)
         try:
-            return write_folder(folder, meta, sources, num_threads)
+            write_folder(folder, meta, sources, num_threads)
         except OSError as problem:  # the disk is full, say: what cannot be read is a UserError
             reason = problem.strerror or problem
             raise UserError(f"{folder} cannot be written: {reason}") from problem
+    return meta
 
 
 @contextmanager
@@ -525,68 +583,115 @@ def locked_folder(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
 
 
+def command(dataset: str, folder: str | Path, **flags: object) -> str:
+    """The command line that prepares a folder, as messages show it; flags that are None go."""
+    words = ["python", "prepare_data.py", "--dataset", dataset, "--data_dir", str(folder)]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", str(value).replace("\n", r"\n").replace("\t", r"\t")]
+    return shlex.join(words)
+
+
 def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     """The meta.json of a folder that holds just what is wanted. UserError when it does not."""
-    ways = "--overwrite replaces them, another --data_dir keeps them"
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{folder} already holds .bin files without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = {"clean": False, **meta.get("settings", {})}
-    new = {"clean": False, **wanted["settings"]}  # earlier versions could clean the stories
+    # Earlier versions could clean the stories, and knew one separator.
+    old = {"clean": False, "separator": SEPARATOR, **meta.get("settings", {})}
+    new = {"clean": False, **wanted["settings"]}
     changed = [name for name, value in new.items() if old.get(name) != value]
-    if not same_dataset(meta["dataset"], wanted["dataset"]):
-        changed.append("dataset")
+    others = ", ".join(name for name in changed if not name.endswith("sha256"))
     if changed:
-        raise UserError(f"{folder} already holds files made from {meta['dataset']} with another "
-                        f"{', '.join(changed)}: {ways}")
+        reason = f", with another {others}" if others else ", but the text has changed since"
+        if not same_dataset(meta["dataset"], wanted["dataset"]):
+            reason = ""
+        raise UserError(f"{folder} already holds files made from {meta['dataset']}{reason}: "
+                        "--overwrite replaces them, another --data_dir keeps them")
     notice(f"{folder} is done: it holds these files already")
     return meta
 
 
-def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
-    """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
-    does, if a fraction is given; if not, the UserError offers it.
-    """
-    share = fraction or VAL_FRACTION
+def check_unchanged(meta: dict, folder: str | Path, when: str = "since it was prepared") -> None:
+    """UserError if a local text that is still there is not the one that meta.json speaks of."""
+    settings = meta.get("settings", {})
+    for dataset, known in ((meta["dataset"], settings.get("input_sha256")),
+                           (settings.get("val_dataset"), settings.get("val_input_sha256"))):
+        if known and os.path.exists(dataset) and fingerprint(dataset) != known:
+            names = ("val_dataset", "val_fraction", "separator")
+            flags = {name: settings.get(name) for name in names}
+            again = command(meta["dataset"], folder, **flags)
+            raise UserError(f"{dataset} changed {when}: prepare it again: `{again} --overwrite`")
 
-    def stories_of(split: str) -> Iterator[str]:
+
+def place(story: str) -> float:
+    """A number from 0 to 1 that depends on the story alone: equal stories go to one side."""
+    digest = hashlib.blake2b(story.encode(errors="replace"), digest_size=8).hexdigest()
+    return int(digest, 16) / 2**64
+
+
+def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
+    """Train and val, drawn from one source of stories; of a single story, its two parts."""
+
+    def drawn(split: str) -> Iterator[str]:
         for story in source.read():
-            # A function of the text, so that equal stories go to one side.
-            text = story.encode(errors="replace")
-            digest = hashlib.blake2b(text, digest_size=8).hexdigest()
-            side = "val" if int(digest, 16) / 2**64 < share else "train"
+            side = "val" if place(story) < (fraction or VAL_FRACTION) else "train"
             if side == split:
                 yield story
 
-    with closing(source.read()) as stories:  # two are enough to know that it is not just one
-        first = list(itertools.islice(filter(None, stories), 2))
-    if len(first) != 1:
-        return {"train": Source(partial(stories_of, "train"), source.total),
-                "val": Source(partial(stories_of, "val"))}
-    if fraction is None:
-        again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
-        raise UserError(f"{dataset} is one story (a .txt file has {SEPARATOR} between stories): "
-                        f"cut off its last tenth by `python prepare_data.py {again} --val_fraction "
-                        "0.1`, or name another text with --val_dataset")
+    with closing(source.read()) as opened:
+        stories = filter(None, opened)
+        first, second = next(stories, ""), next(stories, "")
+        other = second
+        if second == first:
+            other = next((story for story in stories if story != first), "")
+    if not first:
+        raise UserError(source.if_empty)
+    if other:
+        middle = f"{(place(first) + place(other)) / 2:.6f}"  # one of the two comes on each side
+        empty = (f"{dataset} has so few stories that none was drawn for one of the splits: "
+                 f"`{command(dataset, folder, val_fraction=middle)}`, or --val_dataset")
+        return {split: Source(partial(drawn, split), empty) for split in ("train", "val")}
+    if second:
+        raise UserError(f"all stories of {dataset} are equal, and equal stories go to one split: "
+                        "name others with --val_dataset")
+    return cut_in_two(first, dataset, folder, fraction)
+
+
+def cut_in_two(story: str, dataset: str, folder: Path, share: float | None) -> Splits:
+    """A single story as train and val, as nanoGPT does. UserError, with what helps, if no share of
+    it was asked for.
+    """
+    if share is None:
+        hint = ""
+        for mark in OTHER_SEPARATORS:
+            if not hint and mark in story and suffix_of(dataset) not in SUFFIXES[1:]:
+                again = command(dataset, folder, separator=mark)
+                hint = f"if {mark!r} stands between its stories, `{again}`; "
+        again = command(dataset, folder, val_fraction=0.1)
+        raise UserError(f"{dataset} is one story (between stories, a .txt file has {SEPARATOR} or "
+                        f"--separator TEXT): {hint}`{again}` cuts off its last tenth to validate "
+                        "on, or name another text with --val_dataset")
     notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
-    text = first[0]
-    end = int(len(text) * (1 - share))
-    blank = re.search(r"\s", text[end:])
+    end = int(len(story) * (1 - share))
+    blank = re.search(r"\s", story[end:])
     end += blank.start() if blank else 0  # no word is cut, if a blank follows
-    return {"train": given([text[:end].strip()]), "val": given([text[end:].strip()])}
+    parts, short = (story[:end].strip(), story[end:].strip()), f"{dataset} is too short to be cut"
+    return {"train": given(parts[:1], short), "val": given(parts[1:], short)}
 
 
-def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
+def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> None:
     """Writes the three files beside their names and renames them once all are on the disk, last
-    meta.json, which vouches for the others by their SHA-256.
+    meta.json, which vouches for the others by their SHA-256. UserError if a split has no story, or
+    a dataset has been changed meanwhile.
     """
     tokenizer()  # if there is no vocabulary, that is told before anything is written
     tag = os.urandom(4).hex()
     paths = {name: folder / f".{name}.{tag}.partial" for name in FILES}
+    in_val: set[int] = set()
     try:
         for split in ("val", "train"):  # the short one first, which may turn out to be empty
             path = paths[f"{split}.bin"]
-            meta["splits"][split] = write_split(split, path, meta, sources[split], num_threads)
+            meta["splits"][split] = write_split(split, path, sources[split], num_threads, in_val)
+        check_unchanged(meta, folder, "while it was read")
         paths["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for path in paths.values():
             flush_to_disk(path)
@@ -595,17 +700,26 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
-    return meta
 
 
-def write_split(split: str, path: Path, meta: dict, source: Source, num_threads: int) -> dict:
-    """Writes one split's ids to `path`; returns what meta.json says about it."""
-    counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
-    digest = hashlib.sha256()
+def write_split(split: str, path: Path, source: Source, num_threads: int, in_val: set) -> dict:
+    """Writes one split's ids to `path`; returns what meta.json says about it. The validation
+    stories' hashes go into `in_val`, with which the training stories are compared.
+    """
+    counts, digest = Counter(stories=0, tokens=0, bytes=0, empty=0), hashlib.sha256()
+
+    def compared(stories: Iterable[str]) -> Iterator[str]:
+        for story in stories:
+            if split == "val":
+                in_val.add(hash(story))
+            elif story and hash(story) in in_val:
+                counts["in both splits"] += 1
+            yield story
+
     with (
         open(path, "wb") as file,
         closing(source.read()) as stories,  # before Python ends: parquet has threads
-        closing(encode_all(stories, num_threads)) as batches,
+        closing(encode_all(compared(stories), num_threads)) as batches,
         tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, delay=1) as bar,
     ):
         for ids, more in batches:
@@ -615,11 +729,10 @@ def write_split(split: str, path: Path, meta: dict, source: Source, num_threads:
             bar.update(more["stories"])
     notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     if not counts["stories"]:
-        val_dataset = meta["settings"]["val_dataset"]
-        reason = f"{meta['dataset']} is empty, or too small for this --val_fraction: change it"
-        if split == "val" and val_dataset:
-            reason = f"{val_dataset} is empty"
-        raise UserError(f"no story for the {split} split: {reason}, or name another --val_dataset")
+        raise UserError(source.if_empty)
+    if counts["in both splits"]:
+        notice(f"warning: {counts['in both splits']:,} training stories are in the validation "
+               "split too, so that its loss is lower than on new stories")
     return {**counts, "sha256": digest.hexdigest()}
 
 
@@ -628,10 +741,14 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     with the command that helps if they are not.
     """
     path = Path(data_dir, "meta.json")
-    command = f"python prepare_data.py --dataset ... --data_dir {shlex.quote(str(data_dir))}"
-    again = f"prepare it again: {command} --overwrite"
+    prepare_it = command("...", data_dir)
+    again = f"prepare it again: `{prepare_it} --overwrite`"
     if not path.exists():
-        raise UserError(f"{path} is missing: prepare it: {command}")
+        for name in FILES[:2]:
+            if path.with_name(name).exists():
+                raise UserError(f"{data_dir} holds {name}, but meta.json is missing: copy it too "
+                                f"from where the .bin files were prepared, or {again}")
+        raise UserError(f"{path} is missing: prepare it: `{prepare_it}`")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])

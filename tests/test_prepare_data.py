@@ -60,6 +60,7 @@ def cli(*args, **how):
 
 
 def write_txt(path, stories):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"\n{END}\n".join(stories) + f"\n{END}\n", encoding="utf-8")
     return path
 
@@ -250,13 +251,6 @@ def test_stories_come_back(kind, tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == PREPARED
 
 
-def test_a_story_cannot_end_itself_early(tmp_path):
-    story = f"She wrote {END} on a wall."
-    path = write_jsonl(tmp_path / "in.jsonl", [story, "Next."])
-    assert prepared(path, tmp_path / "out") == [story, "Next."]
-    assert (prepare_data.open_split(tmp_path / "out", "train") == 50256).sum() == 2
-
-
 @pytest.mark.parametrize("name", ["a.csv", "b.jsonl", "c.txt"])
 def test_values_are_read_as_they_are_written(name, tmp_path):
     odd = ["NA", "null", "2020-01-01", "1.0", "True", 'a, "b"\nc', "a\u2028b\x85c"]
@@ -334,8 +328,8 @@ def split_files(folder, *names):
 def test_a_folder_of_any_formats_is_read_whole(tmp_path, capsys):
     names = [
         "part_a.jsonl", "part_b.jsonl", "the-train-to-town.jsonl", "c.csv", "d.parquet", "e.txt.gz",
-        "f.parquet.gz", "G.TXT", "sub/h.jsonl", "traffic.csv", "validity.txt", "my_test.txt",
-        "latest.txt",
+        "f.parquet.gz", "G.TXT", "sub/h.jsonl", "traffic.csv", "validity.txt",
+        "test_of_courage.txt", "latest.txt",
     ]
     assert set(split_files(tmp_path, *names).values()) == {"train"}
     told = capsys.readouterr().err
@@ -440,7 +434,7 @@ def test_all_stories_of_a_text_that_is_not_prepared(tmp_path):
     counts = sum((counts for _, counts in parts), collections.Counter())
     texts = prepare_data.tokenizer().decode(ids.tolist()).split(END)
     assert texts == [*STORIES * 3, ""] and ids.dtype == np.dtype("<u2")
-    assert counts["stories"] == 12 and counts["empty"] == 6 and counts["tokens"] == len(ids)
+    assert counts["stories"] == 12 and counts["empty"] == 3 and counts["tokens"] == len(ids)
     assert counts["bytes"] == 3 * sum(len(story.encode()) for story in STORIES)
     assert snapshot(tmp_path) == before
     for wrong in ("gone.txt", tmp_path / "no", "toy", "a/b"):
@@ -583,36 +577,71 @@ def test_the_validation_fraction_keeps_equal_stories_on_one_side(tmp_path):
     assert set(stories_in(tmp_path / "again", "val")) == set(val)
 
 
+def commands_in(line):
+    """The commands that a message proposes."""
+    return re.findall("`(python prepare_data.py [^`]*)`", line)
+
+
+def follow(command):
+    """Runs a command of a message; what it says."""
+    command = command.replace("python prepare_data.py", f"{sys.executable} {ROOT}/prepare_data.py")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.mark.parametrize("end", ["", f"\n{END}\n", f"{END}{END} \n"])
 def test_a_novel_is_one_story_whose_end_can_be_cut_off(end, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "\n\n".join(f"Chapter {n} was long." for n in range(200))
     (tmp_path / "my novel.txt").write_text(text + end)
     words = refusal(prepare, "my novel.txt", tmp_path / "data/x")
-    assert "is one story" in words and "--val_dataset" in words
+    assert "is one story" in words and "--val_dataset" in words and "'\\n\\n'" in words
     assert snapshot(tmp_path / "data/x") == {}
-    command = re.search("`(python prepare_data.py .*)`", words)[1]
-    command = command.replace("python prepare_data.py", f"{sys.executable} {ROOT}/prepare_data.py")
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.returncode == 0 and "one story: the last 0.1" in done.stderr, done.stderr
+    by_separator, cut_off = commands_in(words)
+    assert "one story: the last 0.1" in follow(cut_off)
     (train,), (val,) = (stories_in(tmp_path / "data/x", split) for split in ("train", "val"))
     assert " ".join((train + " " + val).split()) == " ".join(text.split())
     assert 0.09 < len(val) / len(text) < 0.11
     prepare("my novel.txt", tmp_path / "other", "my novel.txt")
     assert stories_in(tmp_path / "other") == [text]
+    follow(by_separator + " --overwrite")
+    assert len(stories_in(tmp_path / "data/x")) > 190
 
 
 def test_few_stories_of_which_none_is_drawn(tmp_path):
-    path = str(write_txt(tmp_path / "in.txt", ["One.", "Two."]))
-    assert "too small for this --val_fraction" in refusal(prepare, path, tmp_path / "out")
-    (tmp_path / "nothing.txt").touch()
-    nothing = str(tmp_path / "nothing.txt")
-    line = refusal(prepare, path, tmp_path / "out", nothing)
-    assert f"{nothing} is empty, or name another --val_dataset" in line
+    path, out = str(write_txt(tmp_path / "in.txt", ["One.", "Two."])), tmp_path / "out"
+    for fraction in (None, 0.99):
+        line = refusal(prepare, path, out, val_fraction=fraction)
+        assert "so few stories" in line
+    follow(*commands_in(line))
+    assert sorted(stories_in(out) + stories_in(out, "val")) == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("stories, words", [
+    (["Same.", " Same.", "Same.\n"], "all stories of {} are equal"),
+    (["", None, " \n"], "there is no story: {} is empty"),
+    (["", "Blanknone", None], "{} is one story"),
+])
+def test_stories_that_cannot_be_divided_each_have_their_message(stories, words, tmp_path):
+    path = str(write_jsonl(tmp_path / "in.jsonl", stories))
+    line = refusal(prepare, path, tmp_path / "out")
+    assert words.format(path) in line and "None" not in line
+
+
+def test_a_split_without_stories_is_called_empty_whatever_split_it_is(tmp_path):
+    path = str(write_txt(tmp_path / "in/train.txt", STORIES))
+    empty = tmp_path / "in/valid.txt"
+    empty.write_text(f" {END}\n")
+    for dataset, val in ((str(tmp_path / "in"), None), (path, str(empty))):
+        line = refusal(prepare, dataset, tmp_path / "out", val)
+        assert line == f"there is no story: {empty} is empty"
     one = str(write_jsonl(tmp_path / "in.jsonl", ["", "Blanknone", None]))
     prepare(one, tmp_path / "out", val_fraction=0.5)  # no blank to cut at
-    assert [stories_in(tmp_path / "out", split) for split in ("train", "val")] == [
-        ["Blan"], ["knone"]]
+    halves = [stories_in(tmp_path / "out", split) for split in ("train", "val")]
+    assert halves == [["Blan"], ["knone"]]
+    short = refusal(prepare, one, tmp_path / "other", val_fraction=0.999)
+    assert "too short to be cut" in short
 
 
 def test_threads_do_not_change_the_files(tmp_path, monkeypatch):
@@ -647,7 +676,7 @@ def test_done_refused_and_overwritten(tmp_path, capsys, monkeypatch):
                   ("toy", out)):
         assert "--overwrite" in refusal(prepare, *other)
     write_txt(path, [*STORIES, "One more."])
-    assert "input_sha256" in refusal(prepare, str(path), out, val)
+    assert "but the text has changed since" in refusal(prepare, str(path), out, val)
     assert snapshot(out) == before
     prepare(str(path), out, val, overwrite=True)
     assert stories_in(out) == [*STORIES, "One more."]
@@ -677,7 +706,7 @@ def test_what_is_not_read_of_a_folder_is_no_change_of_it(tmp_path, capsys):
     assert prepare(str(inside), tmp_path / "out") == meta
     assert "is done" in capsys.readouterr().err
     write_txt(inside / "more.txt", VALID)
-    assert "input_sha256" in refusal(prepare, str(inside), tmp_path / "out")
+    assert "the text has changed" in refusal(prepare, str(inside), tmp_path / "out")
 
 
 @pytest.mark.parametrize("others", [{"train.bin": b"mine"}, {"val.bin": b"", "notes.txt": b"x"}])
@@ -686,7 +715,11 @@ def test_files_of_others_are_not_replaced(others, tmp_path):
     (tmp_path / "out").mkdir()
     for name, content in others.items():
         (tmp_path / "out" / name).write_bytes(content)
-    assert "without a meta.json" in refusal(prepare, str(path), tmp_path / "out", str(path))
+    for call, *args in ((prepare, str(path), tmp_path / "out", str(path)),
+                        (prepare_data.load_meta, tmp_path / "out")):
+        line = refusal(call, *args)
+        assert "meta.json is missing: copy it too" in line
+        assert commands_in(line)[0].endswith("--overwrite") and line.count("--overwrite") == 1
     assert snapshot(tmp_path / "out") == others
 
 
@@ -827,9 +860,9 @@ WRONG = {  # content, and what the line says
     "other.jsonl": (b'{"text": "a"}\n{"id": 3}\n',
                      "other.jsonl, row 2 has no text or story column, only id"),
     "string.json": (b'["a", 5]', "row 2: the text is no string, but 5"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "behind row 1: Expecting value"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "row 2, cannot be read: Expecting value"),
     "middle.jsonl": (b'{"text": "a"}\n{"text": b}\n' + b'{"text": "c"}\n' * 99,
-                     "behind row 1: Expecting value: '{\"text\": b}'"),
+                     "row 2, cannot be read: Expecting value: '{\"text\": b}'"),
     "cut.json": (b'[{"text": "a"}, {"text": "b', "Unterminated string"),
     "torn.json": (b'[{"text": "a"}, {"text": "b"},', "torn.json cannot be read: "),
     "deep.json": (b"[" * 200_000, "deep.json cannot be read: "),
@@ -840,8 +873,8 @@ WRONG = {  # content, and what the line says
     "column.csv": (b"id,body\n1,a\n", "column.csv has no text or story column, only id, body"),
     "twice.csv": (b"text,id,text\na,1,b\n", "twice.csv has two columns text"),
     "semicolon.csv": (b"id;text\n1;a\n", "only id;text"),
-    "comma.csv": (b"text\na\nOnce upon a time, a cat\n", "behind row 1: line 3 has more fields"),
-    "quote.csv": (b'text\na\n"Once upon a time\nb\n', "behind row 1: unexpected end of data"),
+    "comma.csv": (b"text\na\nOnce upon a time, a cat\n", "row 2, cannot be read: line 3 has"),
+    "quote.csv": (b'text\na\n"Once upon a time\nb\n', "row 2, cannot be read: unexpected end"),
     "junk.parquet": (b"PAR1 is not this", "cannot be read"),
     "junk.txt.gz": (b"Not packed.", "Not a gzipped file"),
     "cut.txt.gz": (gzip.compress(b"A story. " * 999)[:-9], "ended before"),
