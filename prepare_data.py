@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
     args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    if not args.separator:
+        raise UserError("--separator must not be empty")
     prepare(**vars(args))
 
 
@@ -252,7 +254,7 @@ SIGNATURES = {
     "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
     "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",
     "an archive (zip, .gz ...) or PDF: unpack or convert it":
-        rb"PK\x03\x04|\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc|Rar!|\x28\xb5\x2f\xfd|%PDF-|.{257}ustar",
+        rb"PK\x03\x04|\x1f\x8b|BZh\d1AY|\xfd7zXZ|7z\xbc|Rar!\x1a|\x28\xb5\x2f\xfd|%PDF-|.{257}ustar",
     "a .json or .jsonl file: rename it": rb'\[?\s*\{\s*"\w+"\s*:',
 }
 
@@ -557,7 +559,7 @@ def prepare(
             raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
                             "it is training text")
         if "val" not in sources:
-            sources = divide(sources["train"], dataset, folder, val_fraction)
+            sources = divide(sources["train"], meta, folder, val_fraction)
         try:
             write_folder(folder, meta, sources, num_threads)
         except OSError as problem:  # the disk is full, say: what cannot be read is a UserError
@@ -583,11 +585,13 @@ def locked_folder(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
 
 
-def command(dataset: str, folder: str | Path, **flags: object) -> str:
-    """The command line that prepares a folder, as messages show it; flags that are None go."""
-    words = ["python", "prepare_data.py", "--dataset", dataset, "--data_dir", str(folder)]
-    for name, value in flags.items():
-        if value is not None:
+def command(meta: dict, folder: str | Path, **flags: object) -> str:
+    """The command line that prepares a folder as meta.json says, or with other flags, for messages.
+    """
+    words = ["python", "prepare_data.py", "--dataset", meta["dataset"], "--data_dir", str(folder)]
+    for name in ("val_dataset", "val_fraction", "separator"):
+        value = flags.get(name, meta.get("settings", {}).get(name))
+        if value not in (None, VAL_FRACTION, SEPARATOR):  # the defaults
             words += [f"--{name}", str(value).replace("\n", r"\n").replace("\t", r"\t")]
     return shlex.join(words)
 
@@ -600,10 +604,10 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     new = {"clean": False, **wanted["settings"]}
     changed = [name for name, value in new.items() if old.get(name) != value]
     others = ", ".join(name for name in changed if not name.endswith("sha256"))
+    reason = f", with another {others}" if others else ", but the text has changed since"
+    if not same_dataset(meta["dataset"], wanted["dataset"]):
+        changed, reason = ["dataset"], ""
     if changed:
-        reason = f", with another {others}" if others else ", but the text has changed since"
-        if not same_dataset(meta["dataset"], wanted["dataset"]):
-            reason = ""
         raise UserError(f"{folder} already holds files made from {meta['dataset']}{reason}: "
                         "--overwrite replaces them, another --data_dir keeps them")
     notice(f"{folder} is done: it holds these files already")
@@ -616,9 +620,7 @@ def check_unchanged(meta: dict, folder: str | Path, when: str = "since it was pr
     for dataset, known in ((meta["dataset"], settings.get("input_sha256")),
                            (settings.get("val_dataset"), settings.get("val_input_sha256"))):
         if known and os.path.exists(dataset) and fingerprint(dataset) != known:
-            names = ("val_dataset", "val_fraction", "separator")
-            flags = {name: settings.get(name) for name in names}
-            again = command(meta["dataset"], folder, **flags)
+            again = command(meta, folder)
             raise UserError(f"{dataset} changed {when}: prepare it again: `{again} --overwrite`")
 
 
@@ -628,8 +630,9 @@ def place(story: str) -> float:
     return int(digest, 16) / 2**64
 
 
-def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
+def divide(source: Source, meta: dict, folder: Path, fraction: float | None) -> Splits:
     """Train and val, drawn from one source of stories; of a single story, its two parts."""
+    dataset = meta["dataset"]
 
     def drawn(split: str) -> Iterator[str]:
         for story in source.read():
@@ -645,28 +648,28 @@ def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -
             other = next((story for story in stories if story != first), "")
     if not first:
         raise UserError(source.if_empty)
-    if other:
-        middle = f"{(place(first) + place(other)) / 2:.6f}"  # one of the two comes on each side
-        empty = (f"{dataset} has so few stories that none was drawn for one of the splits: "
-                 f"`{command(dataset, folder, val_fraction=middle)}`, or --val_dataset")
-        return {split: Source(partial(drawn, split), empty) for split in ("train", "val")}
-    if second:
+    if not second:
+        return cut_in_two(first, meta, folder, fraction)
+    if not other:
         raise UserError(f"all stories of {dataset} are equal, and equal stories go to one split: "
                         "name others with --val_dataset")
-    return cut_in_two(first, dataset, folder, fraction)
+    between = f"{(place(first) + place(other)) / 2:.6f}"  # this fraction sends them to two splits
+    few = (f"{dataset} has so few stories that none was drawn for one of the splits: "
+           f"`{command(meta, folder, val_fraction=between)}`, or --val_dataset")
+    return {split: Source(partial(drawn, split), few) for split in ("train", "val")}
 
 
-def cut_in_two(story: str, dataset: str, folder: Path, share: float | None) -> Splits:
+def cut_in_two(story: str, meta: dict, folder: Path, share: float | None) -> Splits:
     """A single story as train and val, as nanoGPT does. UserError, with what helps, if no share of
     it was asked for.
     """
+    dataset, hint = meta["dataset"], ""
     if share is None:
-        hint = ""
-        for mark in OTHER_SEPARATORS:
-            if not hint and mark in story and suffix_of(dataset) not in SUFFIXES[1:]:
-                again = command(dataset, folder, separator=mark)
-                hint = f"if {mark!r} stands between its stories, `{again}`; "
-        again = command(dataset, folder, val_fraction=0.1)
+        likely = next((mark for mark in OTHER_SEPARATORS if mark in story), None)
+        if likely and suffix_of(dataset) not in SUFFIXES[1:]:
+            again = command(meta, folder, separator=likely)
+            hint = f"if {likely!r} stands between its stories, `{again}`; "
+        again = command(meta, folder, val_fraction=0.1)
         raise UserError(f"{dataset} is one story (between stories, a .txt file has {SEPARATOR} or "
                         f"--separator TEXT): {hint}`{again}` cuts off its last tenth to validate "
                         "on, or name another text with --val_dataset")
@@ -740,14 +743,12 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """What meta.json says, once both .bin files are found to be those that it describes. UserError
     with the command that helps if they are not.
     """
-    path = Path(data_dir, "meta.json")
-    prepare_it = command("...", data_dir)
+    path, prepare_it = Path(data_dir, "meta.json"), command({"dataset": "..."}, data_dir)
     again = f"prepare it again: `{prepare_it} --overwrite`"
+    if any(path.with_name(name).exists() for name in FILES[:2]) and not path.exists():
+        raise UserError(f"{data_dir} holds .bin files, but meta.json is missing: copy it too from "
+                        f"where they were prepared, or {again}")
     if not path.exists():
-        for name in FILES[:2]:
-            if path.with_name(name).exists():
-                raise UserError(f"{data_dir} holds {name}, but meta.json is missing: copy it too "
-                                f"from where the .bin files were prepared, or {again}")
         raise UserError(f"{path} is missing: prepare it: `{prepare_it}`")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

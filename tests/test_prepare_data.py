@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def prepared(path, folder):
     """The training stories that come out of a dataset."""
     prepare(str(path), folder, str(path), overwrite=True)
     return stories_in(folder)
+
+
+def commands_in(line):
+    """The commands that a message proposes."""
+    return re.findall("`(python prepare_data.py [^`]*)`", line)
+
+
+def follow(command):
+    """Runs a command of a message; what it says."""
+    command = command.replace("python prepare_data.py", f"{sys.executable} {ROOT}/prepare_data.py")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 # The tokenizer.
@@ -266,6 +280,9 @@ def test_values_are_read_as_they_are_written(name, tmp_path):
     ("f.jsonl", '{"story": "One.", "n": 1}\r\n\r\n \r\n{"text": "Two.", "story": "Not me."}'),
     ("g.json", '{"text": "One."}\n\n{"text": "Two."}\n\n'),
     ("h.jsonl", '["One.", "Two."]'),
+    ("i.csv", "id, text \n1,One.\n2,Two.\n"),
+    ("j.csv", "Text,id\nOne.,1\nTwo.,2\n"),
+    ("k.jsonl", '{"story ": "One."}\n{"TEXT": "x", "text": "Two."}'),
 ])
 def test_files_in_odd_forms(name, text, tmp_path):
     (tmp_path / name).write_bytes(text.encode())
@@ -286,6 +303,68 @@ def test_one_odd_row_does_not_end_it(tmp_path, capsys):
     both = write_parquet(tmp_path / "in.parquet", [None, "a", None, "b"])
     meta = prepare(str(both), tmp_path / "two", str(both))
     assert meta["splits"]["val"]["empty"] == 2
+
+
+# Separators.
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt"])
+def test_the_mark_separates_in_every_format(kind, tmp_path):
+    rows = [f"One. {END}", f"Two.{END}\r\nThree.\n{END} \n", "Four.", f"{END}Five."]
+    path = WRITERS[kind](tmp_path / f"in.{kind}", rows)
+    assert prepared(path, tmp_path / "out") == ["One.", "Two.", "Three.", "Four.", "Five."]
+    ids = prepare_data.open_split(tmp_path / "out", "train")
+    assert (ids == 50256).sum() == 5
+    empty = prepare_data.load_meta(tmp_path / "out")["splits"]["train"]["empty"]
+    assert empty == {"txt": 3}.get(kind, 1)  # before Five; in .txt also between two marks
+
+
+def test_the_line_behind_the_last_mark_is_no_story(tmp_path):
+    path = write_txt(tmp_path / "in.txt", STORIES)
+    for text in ("", "\n", "\r\n \ufeff"):
+        path.write_bytes(path.read_bytes() + text.encode())
+        meta = prepare(str(path), tmp_path / "out", str(path), overwrite=True)
+        assert meta["splits"]["train"]["empty"] == 0
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize("separator, typed, between", [
+    ("</s>", "</s>", "</s>\n"),
+    ("<|end_of_text|>", "<|end_of_text|>", "\n<|end_of_text|>\n"),
+    ("\n---\n", r"\n---\n", "\r\n---\r\n"),
+    ("\n\n", r"\n\n", "\r\n\r\n"),
+    ("\n\n", "\n\n", "\r\r"),
+    ("\t", r"\t", "\t"),
+    ("~", "~", f"~\n{END}~"),
+])
+def test_another_separator(separator, typed, between, block, tmp_path, monkeypatch):
+    """The one that is named, and <|endoftext|> beside it."""
+    monkeypatch.setattr(prepare_data, "BLOCK", block)
+    path, stories = tmp_path / "in.txt", ["One.\nGone.", "Two -- three.", "Four.", "Five."]
+    path.write_bytes((between.join(stories[:3]) + END + stories[3] + between).encode())
+    flags = dict(dataset=path, data_dir=tmp_path / "out", val_dataset=path, separator=typed)
+    prepare_data.main([f"--{name}={value}" for name, value in flags.items()])
+    assert stories_in(tmp_path / "out") == stories
+    meta = prepare_data.load_meta(tmp_path / "out")
+    assert meta["settings"]["separator"] == separator
+    assert prepare(str(path), tmp_path / "out", str(path), separator=separator) == meta
+    assert "with another separator" in refusal(prepare, str(path), tmp_path / "out", str(path))
+
+
+@pytest.mark.parametrize("mark", ["</s>", "<|end_of_text|>", "\n---\n", "\n\n", "<eos>", "\n***\n"])
+def test_a_text_of_one_story_is_asked_for_the_separator_that_it_seems_to_have(mark, tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_bytes(mark.join(["One.", "Two.", "Three."]).replace("\n", "\r\n").encode())
+    line = refusal(prepare, str(path), tmp_path / "out")
+    assert "--separator" in line and repr(mark) in line
+    line = refusal(prepare_data.main, shlex.split(commands_in(line)[0])[2:])
+    assert "so few stories" in line  # and no longer one
+
+
+def test_no_separator_is_proposed_where_none_is_likely_or_can_be_named(tmp_path):
+    for path in (write_txt(tmp_path / "in.txt", ["One - two."]),
+                 write_jsonl(tmp_path / "in.jsonl", ["One.</s>Two."])):
+        assert len(commands_in(refusal(prepare, str(path), tmp_path / "out"))) == 1
 
 
 def test_a_locale_that_is_not_utf8(tmp_path):
@@ -355,6 +434,21 @@ def test_a_name_tells_the_split(tmp_path, capsys):
         "test/more.txt": None,
         "the-last-test.txt": None,
         "a-valid-point.txt": "train",
+        "stories_valid.txt": "val",
+        "tinystories.valid.txt": "val",
+        "val_2.txt": "val",
+        "validation_set.txt": "val",
+        "eval.jsonl": "val",
+        "my_dev_v2.csv": "val",
+        "Val Stories (clean).txt": "train",
+        "valid-clean_full.raw.txt": "val",
+        "valset/3.txt": "val",
+        "my_test.jsonl": None,
+        "test_data.txt": None,
+        "train_of_thought.txt": "train",
+        "contest.txt": "train",
+        "evaluated.txt": "train",
+        "12-of-12.txt": "train",
     }
     assert split_files(tmp_path, *expected) == expected
     told = capsys.readouterr().err
@@ -577,19 +671,6 @@ def test_the_validation_fraction_keeps_equal_stories_on_one_side(tmp_path):
     assert set(stories_in(tmp_path / "again", "val")) == set(val)
 
 
-def commands_in(line):
-    """The commands that a message proposes."""
-    return re.findall("`(python prepare_data.py [^`]*)`", line)
-
-
-def follow(command):
-    """Runs a command of a message; what it says."""
-    command = command.replace("python prepare_data.py", f"{sys.executable} {ROOT}/prepare_data.py")
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize("end", ["", f"\n{END}\n", f"{END}{END} \n"])
 def test_a_novel_is_one_story_whose_end_can_be_cut_off(end, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -682,12 +763,80 @@ def test_done_refused_and_overwritten(tmp_path, capsys, monkeypatch):
     assert stories_in(out) == [*STORIES, "One more."]
 
 
+def append(path):
+    path.write_bytes(path.read_bytes() + b"One more.")
+
+
+CHANGES = {
+    "truncated": lambda folder: os.truncate(folder / "in/train.txt", 20),
+    "appended to": lambda folder: append(folder / "in/train.txt"),
+    "replaced": lambda folder: os.replace(folder / "other.txt", folder / "in/train.txt"),
+    "a new file": lambda folder: shutil.copy(folder / "other.txt", folder / "in/more.txt"),
+    "a file less": lambda folder: (folder / "in/b.txt").unlink(),
+    "the validation text": lambda folder: append(folder / "val.txt"),
+}
+
+
+@pytest.fixture
+def changing(tmp_path):
+    """A dataset (a folder) and a --val_dataset that CHANGES may change."""
+    for name in ("in/train.txt", "in/b.txt", "other.txt", "val.txt"):
+        write_txt(tmp_path / name, [f"{name}, {n}." for n in range(9)])
+    return str(tmp_path / "in"), str(tmp_path / "val.txt")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_text_that_changes_while_it_is_read(change, changing, tmp_path, monkeypatch):
+    dataset, val = changing
+    prepare(dataset, tmp_path / "out", val)
+    before, write = snapshot(tmp_path / "out"), prepare_data.write_split
+    entries = []
+
+    def changed_meanwhile(*args):
+        entries.append(write(*args))
+        if len(entries) == 2:
+            CHANGES[change](tmp_path)
+        return entries[-1]
+
+    monkeypatch.setattr(prepare_data, "write_split", changed_meanwhile)
+    line = refusal(prepare, dataset, tmp_path / "out", val, overwrite=True)
+    assert "changed while it was read: prepare it again" in line
+    assert snapshot(tmp_path / "out") == before
+    follow(*commands_in(line))
+    prepare_data.check_unchanged(prepare_data.load_meta(tmp_path / "out"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_text_that_changed_after_it_was_prepared(change, changing, tmp_path):
+    dataset, val = changing
+    meta = prepare(dataset, tmp_path / "out", val, separator="\n\n")
+    prepare_data.check_unchanged(meta, tmp_path / "out")
+    CHANGES[change](tmp_path)
+    line = refusal(prepare_data.check_unchanged, meta, tmp_path / "out")
+    assert "changed since it was prepared" in line
+    follow(*commands_in(line))
+    new = prepare_data.load_meta(tmp_path / "out")
+    prepare_data.check_unchanged(new, tmp_path / "out")
+    assert {**new["settings"], **meta["settings"]} == meta["settings"]  # but for the hashes
+
+
+def test_what_is_gone_or_was_never_here_is_not_compared(changing, tmp_path):
+    dataset, val = changing
+    meta = prepare(dataset, tmp_path / "out", val)
+    shutil.rmtree(dataset)
+    os.unlink(val)
+    for same in (meta, {"dataset": "toy", "settings": {}}, {"dataset": "a/b"}):
+        prepare_data.check_unchanged(same, tmp_path / "out")
+
+
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_folder_that_an_earlier_version_cleaned_has_other_settings(clean, folder):
     meta = json.loads((folder / "meta.json").read_text())
     meta["settings"]["clean"] = clean
     (folder / "meta.json").write_text(json.dumps(meta))
     path = meta["dataset"]
+    del meta["settings"]["separator"]  # which it did not know
+    (folder / "meta.json").write_text(json.dumps(meta))
     if clean:
         assert "another clean" in refusal(prepare, path, folder, path)
     else:
@@ -884,6 +1033,24 @@ WRONG = {  # content, and what the line says
 }
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+ELSE = {  # what is plainly something else
+    "lfs.txt": (LFS, "git lfs pull"),
+    "lfs.parquet": (LFS, "git lfs pull"),
+    "lfs.csv.gz": (LFS, "git lfs pull"),
+    "page.jsonl": (b"\n<!DOCTYPE html><html>", "a web page"),
+    "page.txt": (b"<html lang='en'>", "a web page"),
+    "page.json": (b'<?xml version="1.0"?><Error>', "a web page"),
+    "zip.txt": (b"PK\x03\x04" + bytes(99), "an archive"),
+    "packed.json": (gzip.compress(b"[]"), "an archive"),
+    "tar.csv": (b"a.txt" + bytes(252) + b"ustar" + bytes(200), "an archive"),
+    "book.txt": (b"%PDF-1.7\n", "PDF: unpack or convert it"),
+    "lines.txt": (b'{"text": "a"}\n{"text": "b"}\n', "a .json or .jsonl file: rename it"),
+    "list.csv": (b'[\n {"text": "a"}]', "a .json or .jsonl file: rename it"),
+}
+WRONG |= ELSE
+
+
 @pytest.fixture
 def check_refused(tmp_path, capsys, monkeypatch):
     """Calls prepare_data.py through `cli`, in this process: status 2, one line that says `words`,
@@ -922,6 +1089,12 @@ def test_wrong_files(name, tmp_path, check_refused):
 @pytest.mark.parametrize("flags, words", [
     ("--dataset gone.txt", "gone.txt is not there"),
     ("--dataset ./gone", "./gone is not there"),
+    ("--dataset ./okk.txt", "okk.txt is not there, did you mean ok.txt?"),
+    ("--dataset ok.txt --val_dataset ./olld", "./olld is not there, did you mean old?"),
+    ("--dataset https://host/a.txt", "is a web address: download it first"),
+    ("--dataset https://huggingface.co/datasets/a/b", "name it as owner/name"),
+    ("--dataset ok.txt --val_dataset hf://datasets/a/b", "is a web address"),
+    ("--dataset ok.txt --separator=", "separator"),
     ("--dataset ok.txt --val_dataset gone.jsonl", "gone.jsonl is not there"),
     ("--dataset ok.txt --val_fraction 0", "val_fraction"),
     ("--dataset ok.txt --val_fraction 1", "val_fraction"),
@@ -935,18 +1108,79 @@ def test_wrong_flags(flags, words, check_refused):
     check_refused(*flags.split(), words=words)
 
 
-def test_wrong_parquet_and_folders(tmp_path, check_refused):
-    for name, rows, column, words in (
-        ("numbers.parquet", [1, 2], "text", "row 1: the text is no string"),
-        ("column.parquet", ["a"], "body", "only body"),
-        ("num/in/train.parquet", [1, 2], "text", "train.parquet, row 1"),
-        ("test/in/test.parquet", ["a"], "text", "no train split"),
-        ("val/in/val.parquet", ["a"], "text", "no train split"),
-    ):
-        path = write_parquet(tmp_path / name, rows, column)
-        check_refused("--dataset", path.parent if "in/" in name else path, words=words)
+@pytest.mark.parametrize("name, rows, column, words", [
+    ("numbers.parquet", [1, 2], "text", "row 1: the text is no string"),
+    ("column.parquet", ["a"], "body", "only body"),
+    ("num/in/train.parquet", [1, 2], "text", "train.parquet, row 1"),
+    ("test/in/test.parquet", ["a"], "text", "no train split"),
+    ("val/in/val.parquet", ["a"], "text", "no train split"),
+])
+def test_wrong_parquet(name, rows, column, words, tmp_path, check_refused):
+    path = write_parquet(tmp_path / name, rows, column)
+    check_refused("--dataset", path.parent if "in/" in name else path, words=words)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_a_damaged_parquet_file_with_checksums_is_refused(compression, tmp_path):
+    path, table = tmp_path / "in.parquet", pa.table({"text": prepare_data.toy_stories()[:999]})
+    pq.write_table(table, path, write_page_checksum=True, compression=compression)
+    assert len(prepared(path, tmp_path / "out")) == 999
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 70] = bytes(byte ^ 1 for byte in content[middle : middle + 70])
+    path.write_bytes(content)
+    line = refusal(prepare, str(path), tmp_path / "other", str(path))
+    assert "in.parquet cannot be read" in line and "CRC" in line
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", {"model_type": "gpt2", "n_layer": 6}),
+    ("package.json", {"name": "stories", "version": "1.0.0"}),
+    ("tags.json", [{"tag": "a"}]),
+])
+def test_a_json_file_that_is_no_story_file_is_named(name, content, tmp_path, check_refused):
+    write_txt(tmp_path / "in/train.txt", STORIES)
+    write_txt(tmp_path / "in/valid.txt", STORIES)
+    (tmp_path / "in" / name).write_text(json.dumps(content))
+    check_refused("--dataset", tmp_path / "in", words=f"in/{name}, row 1 has no text or story "
+                  f"column, only {', '.join(content[0] if name == 'tags.json' else content)}")
+
+
+def test_folders_that_are_something_else(tmp_path, check_refused):
+    import datasets
+
     (tmp_path / "nothing").mkdir()
     check_refused("--dataset", "./nothing", words="nothing is not a file that ends in .txt")
+    rows = datasets.Dataset.from_dict({"text": STORIES})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
+    for name in ("one", "both", "both/train"):
+        check_refused("--dataset", tmp_path / name, words="was written by `save_to_disk`")
+    prepare(str(write_txt(tmp_path / "in.txt", STORIES)), tmp_path / "mine", val_fraction=0.5)
+    check_refused("--dataset", tmp_path / "mine",
+                  words=f"mine is prepared already: python train.py --data_dir {tmp_path}/mine")
+
+
+def twice(folder):
+    """Three training stories, two of them validation stories too, by the names of a folder."""
+    write_txt(folder / "in/train.txt", ["One.", "Two.", "Two.", "Three.", ""])
+    write_txt(folder / "in/valid.txt", ["Two.", "Three.", "Four.", ""])
+    return ["--dataset", folder / "in"]
+
+
+@pytest.mark.parametrize("flags, count", [
+    (twice, "3"),
+    (lambda folder: [*twice(folder)[:1], folder / "in/train.txt", "--val_dataset",
+                     folder / "in/train.txt"], "4"),
+    (lambda folder: ["--dataset", twice(folder)[1] / "train.txt", "--val_dataset",
+                     write_jsonl(folder / "v.jsonl", ["Five.", "One."])], "1"),
+    (lambda folder: [*twice(folder)[:1], folder / "in/train.txt", "--val_fraction", "0.5"], None),
+])
+def test_stories_that_are_in_both_splits_are_counted(flags, count, tmp_path, capsys):
+    prepare_data.main([*map(str, flags(tmp_path)), "--data_dir", str(tmp_path / "out")])
+    warned = re.findall("warning: ([0-9,]+) training stories are in the validation",
+                        capsys.readouterr().err)
+    assert warned == ([count] if count else [])
 
 
 def test_the_dataset_folder_is_not_written_into(tmp_path):
