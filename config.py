@@ -83,7 +83,7 @@ class Config:
     # learning_rate to min_lr. The reference's "minimum" lies above its start, so that its rate
     # RISES from 1e-4 to 5e-4. That is what ran, and so it is what this preset does.
     learning_rate: float = setting(1e-4, "rate at the end of the warmup", "learning rate",
-                                   low=1e-12)
+                                   low=1e-30)
     min_lr: float = setting(5e-4, "rate at the end of the decay", low=0)
     lr_schedule: str = setting("cosine", "shape of the decay", choices=("cosine", "linear"))
     warmup_iters: int | None = setting(1000, "iterations (not steps) of warmup; if None, a "
@@ -370,7 +370,7 @@ class Parser(argparse.ArgumentParser):
             name = flag.lstrip("-").replace("-", "_")
             known = [option.removeprefix("--") for option in self._option_string_actions]
             guess = nearest(ALIASES.get(name, name), known).replace("mean ", "mean --")
-            if name in FLAG_OF:
+            if not guess and name in FLAG_OF:
                 guess = f", which is a flag of {FLAG_OF[name]}"
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args

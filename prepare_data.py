@@ -63,11 +63,11 @@ def main(argv: list[str]) -> None:
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
              "no validation split; of a single story, the share to cut off its end "
-             f"(default: {VAL_FRACTION})", above=0, below=1)
+             f"(default: {VAL_FRACTION})", low=1e-9, high=0.999)
     parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="what else stands "
                         r"between the stories of a .txt file: </s>, say, or \n\n for blank lines "
                         "(default: %(default)s)")
-    add_flag(parser, "num_threads", int, THREADS, "threads that encode", at_least=1)
+    add_flag(parser, "num_threads", int, THREADS, "threads that encode", low=1)
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from config import DEVICE, DTYPES, TEXT, Parser, UserError, add_flag, cli, flush_to_disk, notice
+from config import DEVICE, DTYPES, Parser, UserError, add_flag, cli, flush_to_disk, notice
 
 import torch
 
@@ -42,14 +42,14 @@ def main(argv: list[str]) -> None:
 def parse_command_line(argv: list[str]) -> Any:
     parser = Parser("Writes stories to stdout: the prompt, its continuation, --- between several.")
     add_model_flags(parser)
-    add_flag(parser, "num_samples", int, 1, "stories to write", at_least=1)
-    add_flag(parser, "max_new_tokens", int, 200, "longest continuation, in tokens", at_least=0)
+    add_flag(parser, "num_samples", int, 1, "stories to write", low=1)
+    add_flag(parser, "max_new_tokens", int, 200, "longest continuation, in tokens", low=0)
     add_flag(parser, "temperature", float, 0.8, "0 takes the likeliest token, 1 draws as the model "
-             "predicts", at_least=0)
-    add_flag(parser, "top_k", int, 50, "draw among this many likeliest tokens; 0 = all", at_least=0)
+             "predicts", low=0)
+    add_flag(parser, "top_k", int, 50, "draw among this many likeliest tokens; 0 = all", low=0)
     add_flag(parser, "seed", int, None, "the same seed gives the same stories (default: a random "
-             "one, told on stderr)", at_least=0, at_most=2**63 - 1)
-    add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", one_of=DTYPES)
+             "one, told on stderr)", low=0, high=2**63 - 1)
+    add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", choices=DTYPES)
     add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
              "be new, and exit (default: a story is told)")
     return parser.parse_args(argv)
@@ -77,10 +77,11 @@ def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
 
 
 def add_model_flags(parser: Parser) -> None:
-    add_flag(parser, "prompt", str, "Once upon a time", "how it begins; - reads stdin", form=TEXT)
+    parser.add_argument("--prompt", default="Once upon a time", metavar="TEXT", help="how it "
+                        "begins; - reads standard input (default: %(default)s)")
     add_flag(parser, "checkpoint", str, None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or "
              "name; default: the newest out/*/model.pt")
-    add_flag(parser, "device", str, "auto", f"where to run: {DEVICE}", form=DEVICE)
+    add_flag(parser, "device", str, "auto", f"where to run: {DEVICE}")
 
 
 def read_prompt(text: str) -> str:

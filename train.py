@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 import model as gpt
 import prepare_data as data
-from plots.loss_curve import draw_run
+from plots.loss_curve import draw_run, picture_name
 
 Row = dict[str, float]  # of log.csv
 
@@ -152,6 +152,12 @@ def new_run(folder: "RunFolder", overrides: dict, mode: str) -> "Run":
     UserError for what is impossible, and for a folder that holds another run, before anything is
     made or lost.
     """
+    config, source = new_config(folder, overrides, mode)
+    return open_run(config, overrides, source)
+
+
+def new_config(folder: "RunFolder", overrides: dict, mode: str) -> tuple[Config, gpt.GPT | None]:
+    """What a new run trains, and the model that it starts from, if any."""
     folder.refuse_old_run(mode)
     defaults = Config.from_preset(overrides.get("preset"))
     init_from = overrides.get("init_from", defaults.init_from)
@@ -162,7 +168,7 @@ def new_run(folder: "RunFolder", overrides: dict, mode: str) -> "Run":
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
         notice(f"there is no {folder.ckpt} yet: starting from the beginning"
                + (f" (runs to resume: {others})" if others else ""))
-    return open_run(config, overrides, source)
+    return config, source
 
 
 def load_source(path: str) -> gpt.GPT:
@@ -1234,7 +1240,7 @@ class Plot:
 
 
 def plot_path(config: Config) -> Path:
-    return Path(config.plot_dir) / f"{Path(config.out_dir).resolve().name}.png"
+    return Path(config.plot_dir) / f"{picture_name(Path(config.out_dir))}.png"
 
 
 # --------------------------------------------------------------------------------------- The end

@@ -44,8 +44,8 @@ Table = dict[str, Tensor]  # the figures of a column of the table, (blocks, head
 def main(argv: list[str]) -> None:
     parser = Parser("Draws what a model's attention heads look at, and prints a table of them.")
     add_model_flags(parser)
-    add_flag(parser, "layer", int, None, "with --head: the one head to draw, from 0", at_least=0)
-    add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", at_least=0)
+    add_flag(parser, "layer", int, None, "with --head: the one head to draw, from 0", low=0)
+    add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", low=0)
     add_flag(parser, "out", str, str(Path(__file__).with_suffix(".png")), "the PNG to write")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
              "split, and has what each head is worth (default: about the prompt)")

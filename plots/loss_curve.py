@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("Draws the losses of runs, and prints a table of them, the best first.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv, or LABEL=RUN")
     add_flag(parser, "x", str, None, "what the losses are drawn over (default: tokens)",
-             one_of=("tokens", "iteration", "seconds"))
+             choices=("tokens", "iteration", "seconds"))
     parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
     add_flag(parser, "level", float, None, "a loss at which to draw a line")
     add_flag(parser, "out", str, None, "the picture, .png, .pdf or .svg; else plots/<run>.png, or "

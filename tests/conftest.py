@@ -195,10 +195,18 @@ def tiny(data: Path, folder: Path, **changes) -> Config:
     return Config(**(TINY | folders | changes))
 
 
-def new_run(config: Config, **options: Any) -> train.Run:
+def new_run(config: Config, checkpoint: dict | None = None, **options: Any) -> train.Run:
     """A run that has not begun, or one from a `checkpoint` or a `source`; its folder is made."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    return train.start(config, {}, **options)
+    run = train.open_run(config, {}, **options)
+    if checkpoint:
+        train.restore(run, checkpoint)
+    return run
+
+
+def new_config(overrides: dict, mode: str = "") -> tuple[Config, Any]:
+    """What train.py would train, and the model it would start from."""
+    return train.new_config(train.RunFolder(train.folder_of(overrides)), overrides, mode)
 
 
 def save(run: train.Run, label: int = 0) -> dict[str, float] | None:

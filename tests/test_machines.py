@@ -351,12 +351,12 @@ def test_a_log_that_cannot_be_replaced_is_a_notice_and_the_checkpoint_is_written
     data, tmp_path, capsys
 ):
     run = new_run(tiny(data, tmp_path))
-    (run.out_dir / "log.csv").mkdir()  # as a spreadsheet on Windows holds it
+    (run.folder.path / "log.csv").mkdir()  # as a spreadsheet on Windows holds it
     capsys.readouterr()
     save(run, 1)
     said = capsys.readouterr().err
     assert "is not written" in said and said.count("\n") == 1
-    assert len(gpt.load_file(run.out_dir / "ckpt.pt")["state"]["log"]) == 1
+    assert len(gpt.load_file(run.folder.path / "ckpt.pt")["state"]["log"]) == 1
 
 
 def test_a_misspelt_data_dir_is_asked_about_and_no_other(tmp_path, monkeypatch, capsys):

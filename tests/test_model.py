@@ -672,7 +672,9 @@ def test_a_torch_file_that_is_not_ours_is_refused(tmp_path, content):
     assert "x.pt" in refused(tmp_path / "x.pt")
 
 
-UNFIT_CONFIGS = [{"n_embd": 64}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 102}, {"bias": False}]
+UNFIT_CONFIGS = [
+    {"n_embd": 64}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 102}, {"bias": False},
+]
 WRONG_CONTENTS = {
     "lacks a config": (lambda content: content.pop("config"), "lacks a config"),
     "lacks weights": (lambda content: content.pop("model"), "lacks a config or the weights"),

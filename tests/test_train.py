@@ -28,6 +28,7 @@ from conftest import (
     copy_of,
     files_in,
     main,
+    new_config,
     new_run,
     prepare_tales,
     refusal,
@@ -258,7 +259,7 @@ def test_embedding_init_changes_the_token_embeddings_and_nothing_else(data, tmp_
     assert same(weights_of(new_run(run.config, source=source)), dict(source.named_parameters()))
     shake(run)
     save(run)
-    resumed = new_run(run.config, checkpoint=load_file(run.out_dir / "ckpt.pt"))
+    resumed = new_run(run.config, checkpoint=load_file(run.folder.path / "ckpt.pt"))
     assert same(weights_of(resumed), weights_of(run))
 
 
@@ -378,8 +379,8 @@ def test_muon_steps_as_pytorchs_own(shape, parts):
     ours, other = (torch.nn.Parameter(torch.randn(shape)) for _ in range(2))
     start = [ours.detach().clone(), other.detach().clone()]
     theirs = [torch.nn.Parameter(part.clone()) for p in start for part in p.chunk(parts)]
-    group = dict(params=[ours, other], momentum=0.9, parts=parts, weight_decay=0.1)
-    optimizer = train.Muon([group], torch.bfloat16, lr=0.02)
+    group = dict(params=[ours, other], rule="muon", momentum=0.9, parts=parts, weight_decay=0.1)
+    optimizer = train.Optimizer([group], torch.bfloat16, lr=0.02)
     oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=4,
                               adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
@@ -516,7 +517,7 @@ def test_a_run_ends_at_the_tenth_step_that_finds_ten_skipped_in_a_row(data, tmp_
     poison(run, math.nan, broken)
     if end is None:
         train.train(run)
-        assert rows_of(run.out_dir / "log.csv")[-1]["skipped_updates"] == 9
+        assert rows_of(run.folder.path / "log.csv")[-1]["skipped_updates"] == 9
         return
     line = refusal(train.train, run)
     assert "the gradient has not been finite for 10 steps" in line and "learning_rate" in line
@@ -528,10 +529,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(d
     run = new_run(tiny(data, tmp_path))
     run.step()
     save(run, 6)
-    files = snapshot(run.out_dir)
+    files = snapshot(run.folder.path)
     run.model.transformer.ln_f.weight.data.fill_(math.nan)
     assert "ckpt.pt" in refusal(save, run, 12)
-    assert snapshot(run.out_dir) == files
+    assert snapshot(run.folder.path) == files
 
 
 # --------------------------------------------------------------------------------------- Evaluation
@@ -674,7 +675,7 @@ def test_the_speed_in_the_log_leaves_evaluations_out(
     monkeypatch.setattr(run, "step", slow_step)
     monkeypatch.setattr(run, "mean_loss", slow_loss)
     train.train(run)
-    told = [row["tokens_per_second"] for row in rows_of(run.out_dir / "log.csv")]
+    told = [row["tokens_per_second"] for row in rows_of(run.folder.path / "log.csv")]
     assert told == pytest.approx(speeds)
 
 
@@ -702,7 +703,7 @@ def test_the_plot_shows_the_rates_used_and_planned_and_for_reference_the_publish
         run = new_run(tiny(data, tmp_path, **changes))
         run.state.log = [dict(iteration=i, train_loss=9.0, val_loss=9.1, learning_rate=rate)
                          for i in (9, 18)]
-        train.draw(run)
+        train.Plot(run).draw()
         pictures.add((tmp_path / "plots" / "out.png").read_bytes())
     assert len(pictures) == 4
 
@@ -729,7 +730,7 @@ def test_model_pt_is_the_best_by_validation_loss_and_ckpt_pt_the_last(data, tmp_
     for p in run.model.parameters():
         p.data.mul_(3)
     worse = save(run, 12)
-    kept, last = load_file(run.out_dir / "model.pt"), load_file(run.out_dir / "ckpt.pt")
+    kept, last = load_file(run.folder.path / "model.pt"), load_file(run.folder.path / "ckpt.pt")
     assert same(kept["model"], best) and kept["iteration"] == 6
     assert kept["val_loss"] == better["val_loss"] < worse["val_loss"]
     assert same(last["model"], weights_of(run))
@@ -957,13 +958,13 @@ def test_a_shorter_context_has_the_first_positions_and_a_longer_one_is_refused(
 
 def test_only_a_typed_architecture_counts_not_the_presets(finished, tmp_path, monkeypatch):
     out, model = str(tmp_path / "out"), str(finished.out / "model.pt")
-    config, checkpoint, source = train.plan(dict(preset="demo", init_from=model, out_dir=out), "")
+    config, source = new_config(dict(preset="demo", init_from=model, out_dir=out))
     # The demo has 3, 96, 128.
     assert (config.n_layer, config.n_embd, config.block_size, config.dropout) == (1, 32, 16, 0.0)
-    assert checkpoint is None and isinstance(source, GPT)
+    assert isinstance(source, GPT)
     # A preset may name the model to start from.
     monkeypatch.setitem(config_module.PRESETS, "mine", dict(init_from=model))
-    config, _, source = train.plan(dict(preset="mine", out_dir=out), "")
+    config, source = new_config(dict(preset="mine", out_dir=out))
     assert isinstance(source, GPT) and config.n_embd == 32
 
 
@@ -1100,7 +1101,7 @@ def test_run_json_is_there_from_the_start_and_a_resume_adds_to_it(
     seen, real = [], train.train
 
     def watched(run: train.Run) -> None:
-        seen.append(record_of(run.out_dir))
+        seen.append(record_of(run.folder.path))
         real(run)
 
     monkeypatch.setattr(train, "train", watched)
@@ -1119,8 +1120,8 @@ def test_run_json_is_there_from_the_start_and_a_resume_adds_to_it(
 def test_a_loss_too_large_for_its_perplexity_is_json_all_the_same(data, tmp_path):
     run = new_run(tiny(data, tmp_path))
     final = train.measures(1000.0, 1, run.meta["splits"]["val"])
-    train.write_record(run, final)
-    record = json.loads((run.out_dir / "run.json").read_text(), parse_constant=pytest.fail)
+    run.folder.write_record(run, final)
+    record = json.loads((run.folder.path / "run.json").read_text(), parse_constant=pytest.fail)
     assert record["final"]["perplexity"] is None
 
 

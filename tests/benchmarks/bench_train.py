@@ -47,9 +47,9 @@ def ours(config: Config, device: str, dtype: str, folder: str) -> Works:
     prepare("toy", f"{folder}/data")
     places = dict(data_dir=f"{folder}/data", out_dir=f"{folder}/out", plot_dir=folder)
     config = dataclasses.replace(config, device=device, dtype=dtype, **places)
-    run = train.start(config, {})
+    run = train.open_run(config, {})
     train.compile_model(run)
-    run.out_dir.mkdir()
+    run.folder.path.mkdir()
     tokens, length = run.tokens["train"], len(run.tokens["train"])
     windows = train.even_starts(config, len(run.tokens["val"]))[: config.batch_size]
 
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     add_repeats_flag(parser, 5)
     help = "sequences of 128 tokens in an iteration; a large GPU wants 256 or more"
-    add_flag(parser, "batch_size", int, 32, help, at_least=1)
+    add_flag(parser, "batch_size", int, 32, help, low=1)
     add_dtype_flag(parser)
     args = parser.parse_args(argv)
     device = "cuda" if cuda else "cpu"

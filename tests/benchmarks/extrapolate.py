@@ -22,7 +22,7 @@ Laws = dict[str, np.ndarray]  # a, b and c of laws (laws, 3), by what they were 
 def main(argv: list[str]) -> None:
     parser = Parser("Fits a power law to the last losses of runs of one recipe, and extends it.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or log.csv")
-    add_flag(parser, "noise", float, 0.01, "standard deviation of a loss over seeds", at_least=0)
+    add_flag(parser, "noise", float, 0.01, "standard deviation of a loss over seeds", low=0)
     add_flag(parser, "out", str, "plots/extrapolation.png", "the picture: .png, .pdf or .svg")
     args = parser.parse_args(argv)
     out, points = picture_path(args.out), []

@@ -150,11 +150,11 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def add_dtype_flag(parser: Parser) -> None:
     help = "of all but the rows of float32; auto is the device's fastest"
-    add_flag(parser, "dtype", str, "auto", help, one_of=DTYPES)
+    add_flag(parser, "dtype", str, "auto", help, choices=DTYPES)
 
 
 def add_repeats_flag(parser: Parser, default: int) -> None:
-    add_flag(parser, "repeats", int, default, "times that each work is timed", at_least=1)
+    add_flag(parser, "repeats", int, default, "times that each work is timed", low=1)
 
 
 def machine(cuda: bool = False) -> str:
