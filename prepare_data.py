@@ -210,7 +210,8 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
             raise UserError(f"{file.parent} was written by `save_to_disk`: in Python, write its "
                             "splits to files with `to_parquet`, and name these")
     if (path / "meta.json").exists() and (path / "train.bin").exists():
-        raise UserError(f"{dataset} is prepared already: python train.py --data_dir {dataset}")
+        data_dir = shlex.quote(dataset)
+        raise UserError(f"{dataset} is prepared already: `python train.py --data_dir {data_dir}`")
     if path.is_dir():
         for split, files in found.items():
             names = ", ".join(str(file.relative_to(path)) for file in files[:20])
@@ -412,7 +413,8 @@ def ask_hub(dataset: str) -> str:
         return HfApi().dataset_info(dataset, timeout=10).id
     except Exception as problem:  # which ones depends on the network library of the day
         answer = " ".join(str(problem).split())[:200] or type(problem).__name__
-        guess = config.nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
+        known = {"toy", "roneneldan/TinyStories", *os.listdir()} - {dataset}
+        guess = config.nearest(dataset, known)
         raise UserError(f"{dataset!r} is not a path here{guess}; the Hugging Face Hub answers: "
                         f"{answer}; what is private or gated needs HF_TOKEN or `hf auth login`; "
                         f"{OFFLINE}") from problem

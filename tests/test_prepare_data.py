@@ -567,8 +567,10 @@ def test_a_hub_row_without_text_is_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("roneneldan/TinyStories", ""), ("tyo", "did you mean toy"), ("nobody/nothing", "")])
+    ("roneneldan/TinyStories", ""), ("toyy", "did you mean toy?"), ("nobody/nothing", ""),
+    ("my_storys", "did you mean my_stories?")])
 def test_no_hub(name, hint, tmp_path):
+    (tmp_path / "my_stories").mkdir()
     done = cli("--dataset", name, cwd=tmp_path)
     assert done.status == 2 and done.stdout == "" and hint in done.stderr
     assert re.fullmatch(r"error: .*--dataset toy.*local path.*\n", done.stderr)
@@ -1076,7 +1078,7 @@ def test_folders_that_are_something_else(tmp_path, check_refused):
         check_refused("--dataset", tmp_path / name, words="was written by `save_to_disk`")
     prepare(str(write_txt(tmp_path / "in.txt", STORIES)), tmp_path / "mine", val_fraction=0.5)
     check_refused("--dataset", tmp_path / "mine",
-                  words=f"mine is prepared already: python train.py --data_dir {tmp_path}/mine")
+                  words=f"mine is prepared already: `python train.py --data_dir {tmp_path}/mine`")
 
 
 def twice(folder):
