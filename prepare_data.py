@@ -126,8 +126,8 @@ def encode_text(text: str) -> np.ndarray:
         # encode_ordinary would make a Python object of each id.
         return tokenizer().encode_to_numpy(text, disallowed_special=()).astype("<u2")
     except ValueError as problem:
-        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized, since "
-                        f"white space in it is too long: shorten it ({problem})") from problem
+        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized: {problem}; "
+                        "if white space in it is very long, shorten it") from problem
 
 
 # --------------------------------------------------------------------- A dataset's files, and rows
@@ -163,7 +163,7 @@ def local_path(dataset: str) -> Path:
 
 def files_in(path: Path, seen: set[str]) -> Iterator[Path]:
     """The file itself, or all files in a folder and its folders, in order. Names that begin with
-    a dot are left out. Links are followed, but no folder is entered twice: `seen` keeps count.
+    a dot are left out. Links are followed, but no folder that is in `seen` is entered again.
     """
     if path.is_dir():
         seen.add(os.path.realpath(path))
@@ -247,7 +247,8 @@ def fingerprint(dataset: str) -> str | None:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-# The first bytes of what is something else; a name whose ending is in the words may begin so.
+# The first bytes of what is no text or something else than its name says. Where the words hold the
+# name's own ending, they are right: a .gz file may begin as an archive does.
 SIGNATURES = {
     "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
     "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",
@@ -276,13 +277,14 @@ def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
         return
-    read = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines}
+    read = {".txt": partial(read_txt, separator=separator), ".csv": read_csv, ".json": read_json,
+            ".jsonl": read_json_lines}
     line_ends = None if suffix == ".txt" else ""  # None: all of them become \n
     with open_file(path, "rt", encoding="utf-8-sig", newline=line_ends) as file:
-        yield from read[suffix](file, separator if suffix == ".txt" else path)
+        yield from read[suffix](file, path)
 
 
-def read_txt(file: Any, separator: str) -> Iterator[str]:
+def read_txt(file: Any, path: Path, separator: str) -> Iterator[str]:
     rest = ""
     # A story longer than a block is read in blocks that grow with it, and so in linear time.
     while text := file.read(max(BLOCK, len(rest))):
