@@ -432,8 +432,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name not in there:
-        raise UserError(f"device {name} is not there{nearest(name, there)}: use --device {', '.join(there)} or auto "
-                        "(under torchrun: or fewer processes)")
+        raise UserError(f"device {name} is not there{nearest(name, there)}: use --device "
+                        f"{', '.join(there)} or auto (under torchrun: or fewer processes)")
     return torch.device(name)
 
 

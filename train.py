@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         check_ranks_agree(run)
         flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
         if is_finished(run.config, run.state):
-            run.notice(f"the run in {folder.path} is finished, at iteration "
+            run.notice(f"the run in {run.folder.path} is finished, at iteration "
                        f"{run.state.iteration:,}; to score it again:\n"
                        f"    python train.py --eval_only {flag}")
             return
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
             run.notice(line)
         compile_model(run)  # before the folder is taken: if it fails, nothing old was touched
         if run.is_main:
-            folder.take(replaces=mode == "overwrite")
+            run.folder.take(run, replaces=mode == "overwrite")
         with run.stop:
             try:
                 train(run)
@@ -324,11 +324,13 @@ def description(run: "Run") -> list[str]:
         f"{config.data_dir}: {tokens:,} training tokens",
         f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: "
         + (f"{length / 1e6:.1f} M" if length > 1e6 else f"{length:,}")
-        + (f", {length / tokens:.1f} epochs" if length > tokens else ""),
-        f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; seed {config.seed}",
+        + (f", {length / tokens:.2f} epochs" if config.max_epochs or length > tokens else ""),
+        f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; batch_size "
+        f"{config.batch_size}; seed {config.seed}",
     ]
     if changes:
-        lines.append(textwrap.fill(f"changed: {changes}", 79, subsequent_indent="    "))
+        lines.append(textwrap.fill(f"changed: {changes}", 79, subsequent_indent="    ",
+                                   break_long_words=False, break_on_hyphens=False))
     last = learning_rate_at(config, config.max_iters - 1)
     if config.warmup >= config.max_iters:
         lines.append(f"warning: the warmup of {config.warmup:,} iterations is not shorter than the "
@@ -402,8 +404,8 @@ def changed_config(old: Config, overrides: dict, folder: "RunFolder") -> Config:
     refused = [f"{name} {getattr(old, name)} -> {value}" for name, value in changes.items()
                if name not in MAY_CHANGE and value != getattr(old, name)]
     if refused:
-        raise UserError(f"a resumed run cannot change {', '.join(refused)}, only "
-                        f"{', '.join(MAY_CHANGE)}: train anew in another --out_dir")
+        raise UserError(f"a resumed run cannot change {', '.join(refused)}: train anew in another "
+                        "--out_dir")
     notice(f"resuming {folder.ckpt} with the settings it began with")
     return dataclasses.replace(old, **changes)
 
@@ -483,8 +485,8 @@ class RunFolder:
         self.read_at = self.ckpt.stat().st_mtime_ns  # before it is read: `take` looks again
         return gpt.load_file(self.ckpt)
 
-    def take(self, replaces: bool) -> None:
-        """Makes the folder and holds it until the process ends.
+    def take(self, run: "Run", replaces: bool) -> None:
+        """Makes the folder, holds it until the process ends, and writes run.json.
 
         UserError if another process does, or has saved a newer checkpoint since ours was read.
         """
@@ -495,6 +497,8 @@ class RunFolder:
             raise UserError(f"another train.py is at work in {self.path}: name another --out_dir")
         if self.read_at and self.read_at != self.ckpt.stat().st_mtime_ns:
             raise UserError(f"the run in {self.path} was still saving: type the same command again")
+        if not replaces:
+            self.write_record(run)
 
     def save(self, run: "Run", row: Row | None) -> None:
         """Writes the files in an order in which a kill leaves nothing that looks trained but
