@@ -200,7 +200,7 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
         facts = gpt.load_file(Path(checkpoint))
         state = facts.get("state", facts)  # a ckpt.pt keeps its evaluations in its state
         row = state["log"][-1] if state.get("log") else state
-        table |= {"data": Path(config.dataset).name, "iterations": state["iteration"]}
+        table |= {"data": Path(config.dataset).name, "iteration": state.get("iteration")}
         table |= {f"last evaluation: {k}": round(row[k], 4) for k in SCORES if k in row}
         table |= {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_CARD}
     head = ModelCardData(

@@ -949,6 +949,7 @@ class Run:
         self.dtype = gpt.pick_dtype(config.dtype, self.device)
         self.folder, self.versions = RunFolder(Path(config.out_dir)), versions_of(self.device)
         self.stop, self.state, self.started = StopSignal(ranks), State(), time.monotonic()
+        self.plot = Plot(config)
         self.compiled_shape: torch.Size | None = None  # of the micro-batch that is compiled
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
@@ -1132,7 +1133,7 @@ class Progress:
     """The bar, a line per evaluation, the plot; and how fast the steps between evaluations are."""
 
     def __init__(self, run: Run):
-        self.run, self.plot, self.events = run, Plot(run), None
+        self.run, self.events = run, None
         self.shown_at, total = 0.0, run.config.max_iters
         width = len(f"{total:,}")
         # tqdm prints `unit` as it is: `show` puts the figures there, in fields of fixed width.
@@ -1141,8 +1142,8 @@ class Progress:
             bar_format=f"{{percentage:3.0f}}% {{bar}}  {{n:>{width},}}/{total:,}{{unit}}")
         if run.is_main and run.config.tensorboard:
             self.events = Events(run)
-        if run.is_main and not self.plot.path.exists():
-            self.plot.draw()  # without a loss as yet, it shows whether drawing works
+        if run.is_main and not run.plot.path.exists():
+            run.plot.draw(run.state.log)  # without a loss as yet, it shows whether drawing works
         self.begin_lap()
         self.first_lap = self.lap
 
@@ -1187,8 +1188,8 @@ class Progress:
                        f"validation loss {row['val_loss']:.3f}", file=sys.stderr)
             if self.events:
                 self.events.add(row)
-            if time.monotonic() - self.plot.drawn_at > 10:  # drawing takes half a second
-                self.plot.draw()
+            if time.monotonic() - self.run.plot.drawn_at > 10:  # drawing takes half a second
+                self.run.plot.draw(self.run.state.log)
         self.begin_lap()
 
 
@@ -1221,13 +1222,13 @@ class Plot:
     A picture that cannot be drawn never ends a run: one notice says so.
     """
 
-    def __init__(self, run: Run):
-        self.run, self.drawn_at, self.failed = run, time.monotonic(), False
-        self.path = plot_path(run.config)
+    def __init__(self, config: Config):
+        self.config, self.drawn_at, self.failed = config, time.monotonic(), False
+        self.path = Path(config.plot_dir) / f"{picture_name(Path(config.out_dir))}.png"
 
-    def draw(self) -> bool:
+    def draw(self, log: list[Row]) -> bool:
         """Whether it has been drawn."""
-        config, log = self.run.config, self.run.state.log
+        config = self.config
         last = log[-1]["iteration"] if log else config.max_iters
         planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
         title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
@@ -1243,10 +1244,6 @@ class Plot:
         return True
 
 
-def plot_path(config: Config) -> Path:
-    return Path(config.plot_dir) / f"{picture_name(Path(config.out_dir))}.png"
-
-
 # --------------------------------------------------------------------------------------- The end
 
 
@@ -1255,10 +1252,9 @@ def finish(run: Run) -> None:
     path, config = run.folder.model, run.config
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
-    plot = Plot(run)
-    drawn = run.is_main and plot.draw()
+    drawn = run.is_main and run.plot.draw(run.state.log)
     run.notice(f"wrote {path} (the best weights, iteration {best['iteration']:,})"
-               + (f" and {plot.path}" if drawn else ""))
+               + (f" and {run.plot.path}" if drawn else ""))
     # A forward pass is a third of an iteration: with a fifth of the tokens, 7 % of the time.
     tokens = run.state.iteration * config.tokens_per_iteration
     final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])], most=tokens // 5)

@@ -162,7 +162,8 @@ def test_a_stdin_that_is_no_text_file_is_read(monkeypatch):
 def test_a_printed_command_is_quoted_for_the_shell(data, tmp_path):
     out = tmp_path / "my run's"
     run_short(data, tmp_path, out_dir=out)
-    command = main("--resume", out_dir=out)[1].strip().rpartition(": ")[2]
+    said = main("--resume", out_dir=out)[1]
+    [command] = [line for line in said.splitlines() if line.startswith("    ")]
     words = subprocess.run(f"printf '%s\\n' {command}", shell=True, capture_output=True, text=True)
     assert words.stdout.splitlines()[-1] == str(out)
 
@@ -194,19 +195,6 @@ def test_compile_true_is_refused_before_anything_old_is_touched(
     flags = dict(out_dir=out, compile="true")
     assert "--compile false" in refusal(run_short, data, tmp_path, "--overwrite", **flags)
     assert snapshot(tmp_path) == before
-
-
-def test_a_cache_that_cannot_be_made_ends_no_run(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
-    said = run_short(data, tmp_path)
-    assert "TORCHINDUCTOR_CACHE_DIR cannot be made" in said
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ  # every optimizer would end in it
-
-
-@pytest.mark.slow
-def test_without_its_cache_a_run_is_compiled_through_the_usual_one(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")
-    assert ", compiled" in run_short(data, tmp_path, compile="true")
 
 
 @pytest.mark.slow
@@ -294,9 +282,6 @@ def test_a_trained_model_without_its_checkpoint_is_not_replaced_by_a_resume(
     line = refusal(run_short, data, tmp_path, "--resume", out_dir=out)
     assert "model.pt" in line and "--overwrite" in line
     assert snapshot(out) == before
-    # That of the first evaluation may be what a kill before the first ckpt.pt has left.
-    said = run_short(data, tmp_path, "--resume", out_dir=out, eval_interval=18)
-    assert "starting from the beginning" in said
 
 
 def test_a_checkpoint_that_came_alone_is_gone_on_with_to_the_end(finished, data, tmp_path):

@@ -164,7 +164,7 @@ def test_one_window_has_no_standard_error_and_so_no_worth(model, capsys):
     ("loss_curve", ["MODEL"], "is not a log.csv"),
     ("loss_curve", ["none", "--out", "a.gif"], "ends in .png, .pdf or .svg, unlike a.gif"),
     ("loss_curve", ["none", "--out", "a"], "ends in .png, .pdf or .svg, unlike a"),
-    ("loss_curve", ["a", "--x", "epochs"], "it must be a text, one of tokens, iteration, seconds"),
+    ("loss_curve", ["a", "--x", "epochs"], "must be one of tokens, iteration, seconds"),
 ])
 def test_wrong_input_is_one_error(checkpoint, module, flags, message):
     flags = [checkpoint if flag == "MODEL" else flag for flag in flags]

@@ -705,7 +705,7 @@ def test_the_plot_shows_the_rates_used_and_planned_and_for_reference_the_publish
         run = new_run(tiny(data, tmp_path, **changes))
         run.state.log = [dict(iteration=i, train_loss=9.0, val_loss=9.1, learning_rate=rate)
                          for i in (9, 18)]
-        train.Plot(run).draw()
+        run.plot.draw(run.state.log)
         pictures.add((tmp_path / "plots" / "out.png").read_bytes())
     assert len(pictures) == 4
 
@@ -843,8 +843,8 @@ def export(finished, tmp_path_factory) -> Path:
 
 def score_in(text: str) -> str:
     """The two lines of a final score."""
-    [found] = re.findall(r"^validation loss .*\nperplexity .*", text, re.MULTILINE)
-    return found
+    [found] = re.findall(r"validation loss .*\nperplexity .*", text)
+    return found.strip()
 
 
 def test_eval_only_says_what_the_run_said_of_itself_and_changes_nothing(finished, data):
