@@ -6,8 +6,11 @@ have B sequences of T tokens each, C features (n_embd), V token ids (vocab_size)
 """
 
 import codecs
+import contextlib
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -138,13 +141,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
-        """Draws a module's first weights, with config.init's rule. Biases are zero.
+        """Draws a module's first weights. Biases are zero.
 
-        gpt2: the standard deviation is 0.02. For the two projections of a block into the residual
-        stream it is 0.02 / sqrt(2 x blocks), so that the variance of the stream does not grow with
-        the depth (Radford et al., 2019, section 2.3).
-        fan_in: the standard deviation is 1 / sqrt(inputs), which keeps activations at one size
-        (LeCun et al., 1998, section 4.6). Those two projections are zero, so that every block
+        gpt2: the standard deviation is 0.02, but 0.02 / sqrt(2 x blocks) for the two projections
+        into the residual stream, whose variance then does not grow with the depth (Radford et al.,
+        2019, section 2.3). fan_in: it is 1 / sqrt(inputs), which keeps activations at one size
+        (LeCun et al., 1998, section 4.6), and those two projections are zero, so that every block
         begins as the identity. Positions begin as sinusoids.
         """
         config = self.config
@@ -198,11 +200,11 @@ class GPT(nn.Module):
 
 
 def sinusoidal_positions(count: int, width: int, std: float) -> Tensor:
-    """Sines and cosines of the positions, (count, width), with the root mean square `std`. The
-    wavelengths are 2 pi to 2 pi x count tokens (Vaswani et al., 2017, section 3.5).
+    """Sines and cosines of the positions, (count, width), with wavelengths of 2 pi to 2 pi x count
+    tokens (Vaswani et al., 2017, section 3.5), whose root mean square is `std`.
 
-    Neighbouring positions begin alike, and a step along the text is the same rotation everywhere:
-    "the token before" need not be learnt for each position separately.
+    A step along the text is the same rotation everywhere, so "the token before" need not be learnt
+    for each position separately.
     """
     half = (width + 1) // 2
     angles = torch.arange(count).unsqueeze(1) * float(count) ** -(torch.arange(half) / half)
@@ -214,11 +216,10 @@ def subword_initialisation(vectors: Tensor, token_bytes: list[bytes]) -> None:
     """Makes the vectors (V, C) of tokens that share letters alike, in place, so that what is learnt
     about frequent tokens holds for rare ones.
 
-    A vector keeps its length. Its direction becomes a weighted sum of random directions: one of its
-    own, one of its word (" Dog" and "dog" have the same) and those of its word's letter groups
-    (three of the six that "dog" has are also in "dogs"). So "dog" and "Dog" begin with a cosine of
-    0.9, "dog" and "dogs" with 0.16. The groups are nearly those of fastText (Bojanowski et al.,
-    2017, section 3.2), where they remain part of the vector; here they only give its start.
+    A vector keeps its length. Its direction becomes a sum of random directions: one of its own, one
+    of its word (" Dog" and "dog" share it), and those of the word's letter groups, nearly as in
+    fastText (Bojanowski et al., 2017, section 3.2), of which "dogs" shares three of the six that
+    "dog" has. "dog" and "Dog" begin with a cosine of 0.9, "dog" and "dogs" with 0.16.
     """
     own = vectors.cpu()
     groups = [subword_groups(token) for token in token_bytes[: len(own)]]
@@ -260,11 +261,12 @@ def subword_groups(token: bytes) -> dict[str, list[str]]:
 HEAD_TOKENS = {"cpu": 512, "cuda": 8192, "mps": 2048}
 # Tokens in a softmax: few enough, on a CPU, for its cache, which is ten times as fast as memory.
 SOFTMAX_TOKENS = {"cpu": 64, "cuda": 8192, "mps": 2048}
-# Token ids whose head gradient is updated at once: what is added to it takes as much memory again.
+# Token ids whose head gradient is updated at once: what is added takes as much memory again.
 GRADIENT_IDS = {"cpu": 16384, "cuda": 65536, "mps": 16384}
-# The softmax of an unlikely token is smaller than 6e-8, the smallest float16. So in float16 the
-# gradient is held 8 times as large, and divided by 8 in float32: a power of two rounds nothing.
-FLOAT16_SCALE = 8.0
+# Float16 reaches from 6e-8 to 65,504. The softmax of an unlikely token is smaller, so the gradient
+# by the logits is held 8 times as large. Its sum over a group of like tokens is larger, so that is
+# taken of features 64 times as small. Both are undone in float32; powers of two round nothing.
+FLOAT16_SCALE, FLOAT16_SHRINK = 8.0, 64.0
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -290,7 +292,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         padded = math.ceil(vocab / 64) * 64
         w = weight.new_zeros((padded, weight.size(1)), dtype=dtype)
         w[:vocab] = weight
-        scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
+        scale, shrink = (FLOAT16_SCALE, FLOAT16_SHRINK) if dtype == torch.float16 else (1.0, 1.0)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if training else None
         dw = torch.zeros_like(w, dtype=torch.float32) if training else None
@@ -299,17 +301,17 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             features = x[group].to(dtype)
             logits = features @ w.t()
             logits[:, vocab:] = -torch.inf
-            # The gradient takes the logits' place. It does so in an evaluation too, since there is
-            # no faster way to the loss.
+            # The gradient takes their place, in an evaluation too: no other way is faster.
             answers = targets[group].split(SOFTMAX_TOKENS[kind])
             for part, answer in zip(logits.split(SOFTMAX_TOKENS[kind]), answers, strict=True):
                 loss += softmax_gradient(part, answer, scale)
             if training:
                 dx[group] = logits @ w
+                features = features / shrink
                 columns = logits.split(GRADIENT_IDS[kind], dim=1)
                 for part, column in zip(dw.split(GRADIENT_IDS[kind]), columns, strict=True):
                     part += column.t() @ features
-        ctx.factor = 1 / (scale * len(x))
+        ctx.factors = 1 / (scale * len(x)), shrink / (scale * len(x))
         if training:
             ctx.save_for_backward(dx, dw[:vocab])
         return loss / len(x)
@@ -317,14 +319,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor):
         dx, dw = ctx.saved_tensors
-        factor = grad_loss * ctx.factor
-        return dx * factor, dw * factor, None, None, None, None
+        x_factor, w_factor = ctx.factors
+        return dx * (grad_loss * x_factor), dw * (grad_loss * w_factor), None, None, None, None
 
 
-def fused_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor,
-    softmax_gradient: Callable = softmax_gradient,
-) -> Tensor:
+def fused_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor,
+                               softmax_gradient: Callable = softmax_gradient) -> Tensor:
     """The mean cross-entropy of the logits x @ weight.t(), in nats, a float32 scalar.
 
     Shapes: x (N, C), weight (V, C), targets (N,) of ids below V. The products run in autocast's
@@ -343,17 +343,17 @@ def fused_linear_cross_entropy(
 @torch.inference_mode()
 def generate(
     model: GPT, prompt: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-    generator: torch.Generator | None = None, end_of_text: int | None = None,
+    top_p: float = 1.0, generator: torch.Generator | None = None, end_of_text: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of each row of `prompt` (B, T), T >= 1: ids (B,), one after the other.
 
-    temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only. A row that
-    has drawn `end_of_text` yields it from then on, and generation ends when all rows have. The
-    model should be in eval mode. Of a prompt longer than the context, the last tokens are read.
+    temperature 0 takes the likeliest token. top_k > 0 draws from the k likeliest only; of these,
+    top_p < 1 leaves the fewest that have this share of the probability (Holtzman et al., 2020). A
+    row that has drawn `end_of_text` yields it from then on, and generation ends when all rows have.
+    The model should be in eval mode. Of a prompt longer than the context, the last tokens are read.
 
     Each position has a learned vector, so a full window cannot slide along the cache. Instead, the
-    oldest quarter is dropped and the rest is read again from position 0 on. The next block_size / 4
-    tokens are as fast as before.
+    oldest quarter is dropped, and the rest is read again from position 0 on.
     """
     size, head = model.config.block_size, model.transformer.wte.weight.t()
     cache = Cache(model.config, len(prompt), prompt.device, head.dtype)
@@ -362,7 +362,8 @@ def generate(
     finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     unread = window = prompt[:, -size:]
     for _ in range(max_new_tokens):
-        token = draw_token(next_logits(model, unread, cache, head), temperature, top_k, generator)
+        logits = next_logits(model, unread, cache, head)
+        token = draw_token(logits, temperature, top_k, top_p, generator)
         if end_of_text is not None:
             token = torch.where(finished, end_of_text, token)
             finished |= token == end_of_text
@@ -371,7 +372,7 @@ def generate(
             return
         unread = token.unsqueeze(1)
         window = torch.cat([window, unread], dim=1)
-        if window.size(1) > size:  # drop the oldest quarter, and read the rest again
+        if window.size(1) > size:
             unread = window = window[:, -(size - size // 4) :]
             cache.length = 0
 
@@ -391,19 +392,22 @@ def next_logits(model: GPT, unread: Tensor, cache: Cache, head: Tensor) -> Tenso
         torch.backends.mkldnn.enabled = before
 
 
-def draw_token(
-    logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None
-) -> Tensor:
+def draw_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+               generator: torch.Generator | None) -> Tensor:
     """One id (B,) for each row of logits (B, V), drawn as `generate` says."""
     if temperature < 1e-30:  # 0, or so small that float32 would divide by zero
         return logits.argmax(dim=1)
-    likeliest = None
-    if 0 < top_k < logits.size(1):
-        logits, likeliest = logits.topk(top_k, dim=1)
+    likeliest, count = None, min(top_k or logits.size(1), logits.size(1))
+    if count < logits.size(1) or top_p < 1:
+        logits, likeliest = logits.topk(count, dim=1)
     logits = logits.float()
-    # Shifted before it is divided: a tiny temperature must not overflow to infinity.
+    # Shifted before they are divided: a tiny temperature must not make infinity of them.
     logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
-    choice = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)
+    shares = logits.softmax(dim=1)
+    if top_p < 1:
+        before = shares.cumsum(dim=1) - shares  # of the tokens that are likelier
+        shares = shares.masked_fill(before >= top_p, 0)
+    choice = torch.multinomial(shares, 1, generator=generator)
     if likeliest is not None:
         choice = likeliest.gather(1, choice)
     return choice.squeeze(1)
@@ -469,8 +473,7 @@ def save_file(path: Path, config: Config, model: GPT, **extra: Any) -> None:
     """Writes model.pt or ckpt.pt: config, weights and `extra`, tensors and plain values only."""
     weights = model.state_dict()
     content = {"format": FORMAT, "config": dataclasses.asdict(config), "model": weights, **extra}
-    # On a full disk torch.save would fail in words of its own, a plain write fails in the system's.
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # on a full disk, torch.save itself would not raise an OSError
     torch.save(content, buffer)
     with atomic_write(path) as partial:
         partial.write_bytes(buffer.getbuffer())
@@ -482,7 +485,9 @@ def load_file(path: Path) -> dict[str, Any]:
     UserError if it is missing, damaged or not ours.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        other = path.with_name("ckpt.pt")  # of a run stopped before its first evaluation
+        hint = f", but {other}" if other.is_file() else ""
+        raise UserError(f"there is no checkpoint {path}{hint}")
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not compare the checksums
@@ -515,8 +520,9 @@ def load_model(path: str) -> GPT:
 
     It is in eval mode, on the CPU, in float32. UserError if there is none that can be read.
     """
-    if (Path(path) / "model.pt").is_file():
-        raise UserError(f"{path} is a folder: name the model in it, {Path(path) / 'model.pt'}")
+    for file in (Path(path, "model.pt"), Path(path, "ckpt.pt")):
+        if file.is_file():
+            raise UserError(f"{path} is a folder: name the model in it, {file}")
     if Path(path).is_dir() or is_hub_name(path):
         return load_hugging_face(path)
     content = load_file(Path(path))
@@ -562,6 +568,7 @@ MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.
 
 def load_hugging_face(path: str) -> GPT:
     """A Hugging Face GPT-2 of any size as our GPT. UserError if it is not one."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, GPT2LMHeadModel, logging
 
@@ -570,6 +577,8 @@ def load_hugging_face(path: str) -> GPT:
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     try:
+        if is_hub_name(path) and not try_to_load_from_cache(path, "config.json"):
+            HfApi().model_info(path, timeout=10)  # transformers would try for a minute
         theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
         config = config_from_hugging_face(theirs, path)
         model, report = GPT2LMHeadModel.from_pretrained(
@@ -578,16 +587,36 @@ def load_hugging_face(path: str) -> GPT:
         wrong = [*report["missing_keys"], *unexpected]
         if wrong:
             raise ValueError(f"its weights do not fit its config.json, {wrong[0]} for one")
+        if vocabulary_hash(path) != GPT2_VOCABULARY:
+            raise UserError(f"{path} has a tokenizer of its own; only GPT-2's can be used")
     except UserError:
         raise
     except Exception as problem:  # safetensors, pickle and the Hub have no error in common
-        reason = one_line(problem)[:120]
-        if is_hub_name(path):
-            reason = "no such file or folder, and not on the Hub, or the Hub cannot be reached"
-        raise UserError(f"no checkpoint could be read from {path}: {reason}") from None
+        asked = "no such file or folder; the Hub answers: " if is_hub_name(path) else ""
+        reason = one_line(problem)[:160]
+        raise UserError(f"no checkpoint could be read from {path}: {asked}{reason}") from None
     weights = model.state_dict()
     del weights["lm_head.weight"]  # the token embedding again
     return with_weights(config, transposed(weights), path)
+
+
+GPT2_VOCABULARY = "855ec41a9d90094ebb1189ee8082e915505cf2dfe0691a4f39da9c020f9476b2"
+
+
+def vocabulary_hash(path: str) -> str:
+    """SHA-256 of a Hugging Face model's tokens and their ids; GPT-2's where it has no such file."""
+    from huggingface_hub import hf_hub_download
+
+    for name in ("vocab.json", "tokenizer.json"):
+        file = Path(path, name)
+        if is_hub_name(path):
+            with contextlib.suppress(Exception):  # it has none
+                file = Path(hf_hub_download(path, name))
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            ids = content["model"]["vocab"] if name == "tokenizer.json" else content
+            return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
+    return GPT2_VOCABULARY
 
 
 def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -618,7 +647,8 @@ def to_hugging_face(model: GPT) -> Any:
     config, head = model.config, model.transformer.wte.weight
     settings = {name: getattr(config, ours) for name, ours in SETTINGS.items()}
     gelu = "gelu" if config.gelu == "exact" else "gelu_new"
-    theirs = GPT2LMHeadModel(GPT2Config(**settings, **ALWAYS, activation_function=gelu)).eval()
+    settings |= dict(n_ctx=config.block_size, activation_function=gelu)  # llama.cpp reads n_ctx
+    theirs = GPT2LMHeadModel(GPT2Config(**settings, **ALWAYS)).eval()
     biases = {name: w for name, w in theirs.state_dict().items() if name.endswith("bias")}  # zeros
     weights = biases | transposed(model.eval().state_dict()) | {"lm_head.weight": head}
     ids = torch.arange(config.block_size).unsqueeze(0) % config.vocab_size

@@ -5,6 +5,7 @@ With `--save_hf DIR` it writes the model instead, as a folder that Hugging Face'
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import secrets
 import shlex
@@ -14,7 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from config import DEVICE, DTYPES, Parser, UserError, add_flag, cli, flush_to_disk, notice
+from config import (
+    DEVICE,
+    DTYPES,
+    Parser,
+    UserError,
+    add_flag,
+    cli,
+    flush_to_disk,
+    notice,
+    wrapped,
+)
 
 import torch
 
@@ -47,8 +58,11 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "temperature", float, 0.8, "0 takes the likeliest token, 1 draws as the model "
              "predicts", low=0)
     add_flag(parser, "top_k", int, 50, "draw among this many likeliest tokens; 0 = all", low=0)
-    add_flag(parser, "seed", int, None, "the same seed gives the same stories (default: a random "
-             "one, told on stderr)", low=0, high=2**63 - 1)
+    add_flag(parser, "top_p", float, 1.0, "draw among the likeliest tokens that have this share of "
+             "the probability, after top_k; 1 = all", low=1e-9, high=1)
+    add_flag(parser, "seed", int, None, "the same seed gives the same stories, for one number of "
+             "stories, device and precision (default: a random one, told on stderr)", low=0,
+             high=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", choices=DTYPES)
     add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
              "be new, and exit (default: a story is told)")
@@ -60,38 +74,38 @@ def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
     ids, count = prompt_ids(prompt, model), args.num_samples
     generator = torch.Generator(ids.device).manual_seed(seed)
     drawn = gpt.generate(model, ids.expand(count, -1), args.max_new_tokens, args.temperature,
-                         args.top_k, generator, END_OF_TEXT)
+                         args.top_k, args.top_p, generator, END_OF_TEXT)
     if count == 1:
         tokens = (token.item() for token in drawn)
-        print(prompt, end="", flush=True)
-        for text in gpt.stream_text(tokens, token_bytes(), END_OF_TEXT):
+        pieces = gpt.stream_text(tokens, token_bytes(), END_OF_TEXT)
+        for text in wrapped(itertools.chain([prompt], pieces), sys.stdout):
             print(text, end="", flush=True)
         print()
         return
     rows = torch.stack(list(drawn), dim=1).tolist() if args.max_new_tokens else [[]] * count
     ends = ["".join(gpt.stream_text(iter(row), token_bytes(), END_OF_TEXT)) for row in rows]
-    print("\n---\n".join(prompt + end for end in ends))
+    print("\n---\n".join("".join(wrapped([prompt + end], sys.stdout)) for end in ends))
 
 
 # ---------------------------------------------- Prompt and model, as plots/attention.py reads them
 
 
 def add_model_flags(parser: Parser) -> None:
-    parser.add_argument("--prompt", default="Once upon a time", metavar="TEXT", help="how it "
-                        "begins; - reads standard input (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", default="Once upon a time",
+                        help="how it begins; - reads stdin (default: Once upon a time)")
     add_flag(parser, "checkpoint", str, None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or "
              "name; default: the newest out/*/model.pt")
     add_flag(parser, "device", str, "auto", f"where to run: {DEVICE}")
 
 
 def read_prompt(text: str) -> str:
-    """The prompt; for - standard input, without its last line end. UserError if it is not UTF-8."""
+    """The prompt; for - standard input, less a last line end. UserError if it is not UTF-8."""
     try:
         if text == "-":
             if hasattr(sys.stdin, "reconfigure"):  # a notebook's cannot be
                 sys.stdin.reconfigure(encoding="utf-8")
             text = sys.stdin.read() if sys.stdin else ""
-            text = text.removesuffix("\n").removesuffix("\r")
+            text = text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
         text.encode("utf-8")
     except UnicodeError:
         raise UserError("the prompt is not UTF-8 text") from None
@@ -127,6 +141,8 @@ def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
     """The prompt's token ids, (T,), on the model's device: the last that its context holds."""
     ids = encode_text(prompt).tolist() or [END_OF_TEXT]
     size = model.config.block_size
+    if prompt.endswith(" "):
+        notice("warning: leave out the space at the prompt's end: GPT-2's words begin with theirs")
     if len(ids) > size:
         notice(f"warning: the prompt is {len(ids)} tokens: the model reads only the last {size}")
     return torch.tensor(ids[-size:], device=model.transformer.wte.weight.device)
@@ -136,9 +152,7 @@ def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
 
 
 def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
-    """Writes weights, tokenizer and model card to a new folder. UserError, and no folder, if one of
-    them cannot be written.
-    """
+    """Writes weights, tokenizer and model card to a new folder, or raises a UserError and none."""
     from transformers import AutoTokenizer, logging
 
     logging.disable_progress_bar()
@@ -156,8 +170,8 @@ def save_hf(model: gpt.GPT, checkpoint: str, folder: Path) -> None:
             theirs.save_pretrained(partial)
             for source, name in zip(files, ("merges.txt", "vocab.json"), strict=True):
                 shutil.copyfile(source, partial / name)
-            limits = dict(model_max_length=size, pad_token=SEPARATOR)
-            AutoTokenizer.from_pretrained(partial, **limits).save_pretrained(partial)
+            options = dict(model_max_length=size, pad_token=SEPARATOR, padding_side="left")
+            AutoTokenizer.from_pretrained(partial, **options).save_pretrained(partial)
             card.write_text(model_card(model, checkpoint), encoding="utf-8")
             for file in partial.iterdir():
                 with contextlib.suppress(OSError):  # some file systems have no modes
@@ -193,9 +207,14 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
 
     config, ours = model.config, Path(checkpoint).is_file()  # else it comes from Hugging Face
     base, table = config.init_from if ours else checkpoint, {}
-    tales = ours and config.dataset in ("toy", "roneneldan/TinyStories")
+    head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
     if base:
         table["weights it began with"] = "/".join(Path(base).parts[-2:])  # a path's end is enough
+    if base and gpt.is_hub_name(base) and not is_path(base):
+        head.base_model = base
+    if ours and config.dataset in ("toy", "roneneldan/TinyStories"):
+        head.language, head.tags = "en", ["gpt2", "tinystories"]
+        head.datasets = None if config.dataset == "toy" else [config.dataset]
     if ours:
         facts = gpt.load_file(Path(checkpoint))
         state = facts.get("state", facts)  # a ckpt.pt keeps its evaluations in its state
@@ -203,11 +222,6 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
         table |= {"data": Path(config.dataset).name, "iteration": state.get("iteration")}
         table |= {f"last evaluation: {k}": round(row[k], 4) for k in SCORES if k in row}
         table |= {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_CARD}
-    head = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation",
-        language="en" if tales else None, tags=["gpt2", "tinystories"] if tales else ["gpt2"],
-        datasets=[config.dataset] if tales and config.dataset != "toy" else None,
-        base_model=base if base and gpt.is_hub_name(base) and not is_path(base) else None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return CARD.format(head=head.to_yaml(), millions=model.parameter_count() / 1e6,
                        size=config.block_size, rows=rows)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import GPT, pick_device, pick_dtype
-from plots.loss_curve import print_table, write_figure
+from plots.loss_curve import picture_path, print_table, write_figure
 from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
@@ -30,14 +30,15 @@ WINDOWS = 256  # of the validation split
 COVERED = 0.999  # the share of the model's probability that `silence_each` computes exactly
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
          "same": "same token", "after": "induction"}
-NAMED_FROM, BROAD_FROM = 3, 0.75  # times even attention's share, and entropy
+BROAD_FROM = 0.75  # of the entropy of even attention
 LEGEND = f"""
 back: how many tokens back the head looks, on average; bits: the entropy of its attention; then
 its shares on the first token, on the token itself, on the one before, and, where there are any,
-on earlier copies of the token and on what followed those (induction). does: the share that most
-exceeds {NAMED_FROM} times even attention's, or a half; else broad, if the entropy is at least
-{BROAD_FROM:.0%} of even attention's; else mixed. worth: by how much the validation loss rises when
-this head alone is silenced, and the standard error of that; 0 if below two of these."""
+on earlier copies of the token and on what followed those (induction). does: the largest of these
+shares, if it is half of the attention, or twice the next (all other tokens count as one share);
+else broad, if the entropy is at least {BROAD_FROM:.0%} of even attention's; else mixed. worth: how
+much the validation loss rises when this head alone is silenced, and the standard error of that; 0
+if the rise is below two of these."""
 Table = dict[str, Tensor]  # the figures of a column of the table, (blocks, heads)
 
 
@@ -46,10 +47,12 @@ def main(argv: list[str]) -> None:
     add_model_flags(parser)
     add_flag(parser, "layer", int, None, "with --head: the one head to draw, from 0", low=0)
     add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", low=0)
-    add_flag(parser, "out", str, str(Path(__file__).with_suffix(".png")), "the PNG to write")
+    default = str(Path(__file__).with_suffix(".png"))
+    add_flag(parser, "out", str, default, "the picture to write: png, pdf or svg, by its ending")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
              "split, and has what each head is worth (default: about the prompt)")
     args = parser.parse_args(argv)
+    out = picture_path(args.out)
     if (args.layer is None) != (args.head is None):
         raise UserError("--layer and --head go together: they name one head")
     model, checkpoint = read_model(args.checkpoint)
@@ -58,10 +61,12 @@ def main(argv: list[str]) -> None:
     if one and (args.layer >= blocks or args.head >= heads):
         raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
     ids = prompt_ids(read_prompt(args.prompt), model.to(pick_device(args.device)))
+    if len(ids) < 2:
+        raise UserError("the prompt is one token: give two or more, which can attend to each other")
     windows = validation_windows(args.data_dir, size) if args.data_dir else ids.unsqueeze(0)
     table = head_table(model, windows[:, :size].to(ids.device))
-    draw(Path(args.out), model, ids, table, one)
-    notice(f"wrote {args.out}")
+    draw(out, model, ids, table, one)
+    notice(f"wrote {out}")
     rises, where = None, f"the prompt's {len(ids)} tokens; --data_dir looks at validation text"
     if args.data_dir:
         loss, rises = silence_each(model, windows.to(ids.device), pick_dtype("auto", ids.device))
@@ -116,27 +121,27 @@ def places(ids: Tensor) -> Table:
 
 def head_table(model: GPT, windows: Tensor) -> Table:
     """LEGEND's figures of every head over windows (W, T), as means over the queries that have such
-    keys (NaN if none has), and the same for even attention, as "even bits", (1, 1), and so on.
+    keys (NaN if none has); and "even bits", (1, 1), the entropy if attention were even.
     """
     T, sums, counts = windows.size(1), defaultdict(float), defaultdict(float)
-    even = F.normalize(torch.ones(1, 1, T, T, device=windows.device).tril(), p=1, dim=3)
     for ids in windows:
-        found = places(ids)
-        for kind, maps in {"": attention_maps(model, ids), "even ": even}.items():
-            sums[f"{kind}bits"] += torch.special.entr(maps[:, :, 1:]).sum((2, 3)) / math.log(2)
-            counts[f"{kind}bits"] += T - 1
-            for name, place in found.items():
-                sums[kind + name] += (maps * place)[:, :, 1:].sum((2, 3))
-                counts[kind + name] += place[1:].any(1).sum()
-    return {name: (sums[name] / counts[name]).cpu() for name in sums}
+        maps = attention_maps(model, ids)
+        sums["bits"] += torch.special.entr(maps[:, :, 1:]).sum((2, 3)) / math.log(2)
+        counts["bits"] += T - 1
+        for name, place in places(ids).items():
+            sums[name] += (maps * place)[:, :, 1:].sum((2, 3))
+            counts[name] += place[1:].any(1).sum()
+    table = {name: (sums[name] / counts[name]).cpu() for name in sums}
+    return table | {"even bits": torch.arange(2, T + 1).log2().mean().view(1, 1)}
 
 
 def head_name(table: Table, layer: int, head: int) -> str:
     """What a head does, in one or two words, by the rules of LEGEND."""
-    wanted = {name: (NAMED_FROM * table[f"even {name}"]).clamp(max=0.5) for name in NAMES}
-    fits = {name: (table[name][layer, head] / wanted[name]).nan_to_num().item() for name in NAMES}
-    best = max(fits, key=lambda name: fits[name])
-    if fits[best] >= 1:
+    shares = {name: table[name][layer, head].nan_to_num().item() for name in NAMES}
+    shares["all others"] = max(1 - sum(shares.values()), 0.0)
+    best, second = sorted(shares, key=lambda name: shares[name], reverse=True)[:2]
+    most = shares[best] >= 0.5 or shares[best] >= 2 * shares[second]
+    if most and best in NAMES:
         return NAMES[best]
     return "broad" if table["bits"][layer, head] >= BROAD_FROM * table["even bits"] else "mixed"
 
@@ -243,7 +248,9 @@ def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int]
     left.suptitle(text, fontsize=9, parse_math=False)
     bar = left.colorbar(image, ax=grid, location="bottom", shrink=0.6, aspect=40, pad=0.02)
     bar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0", "5%", "20%", "50%", "100%"])
-    bar.set_label("how a token (row) shares its attention among itself and those before (columns)")
+    # As a label of the bar it would be cut off below a tall grid.
+    left.supxlabel("how a token (row) shares its attention among itself and those before (columns)",
+                   fontsize=10)
     draw_expected(right.subplots(), model, ids)
     write_figure(figure, path)
 
