@@ -440,10 +440,11 @@ def restore(run: "Run", checkpoint: dict) -> None:
     """The inverse of `checkpoint_of`. UserError if the checkpoint does not fit the run."""
     gpt.load_weights(run.model, checkpoint["model"], run.folder.ckpt)
     try:
-        # The groups are the config's. Only what the optimizer remembers comes from the checkpoint.
-        groups = run.optimizer.state_dict()["param_groups"]
-        memory = checkpoint["optimizer"]["state"]
-        run.optimizer.load_state_dict({"param_groups": groups, "state": memory})
+        # The groups are the config's, but for the rate of the last step.
+        groups, saved = run.optimizer.state_dict()["param_groups"], checkpoint["optimizer"]
+        for group, before in zip(groups, saved["param_groups"], strict=True):
+            group["lr"] = before["lr"]
+        run.optimizer.load_state_dict({"param_groups": groups, "state": saved["state"]})
         if run.scaler.is_enabled() and checkpoint["scaler"]:
             run.scaler.load_state_dict(checkpoint["scaler"])
         run.state = State(**checkpoint["state"])
