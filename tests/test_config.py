@@ -367,6 +367,47 @@ def test_an_impossible_default_is_one_line(tmp_path):
     assert done.stderr.startswith("error: max_iters -5 ") and done.stderr.count("\n") == 1
 
 
+LAYERS = 'n_layer: int = setting(6, "Transformer blocks", "model", low=1)'
+EDITS = {  # an edit by hand, and what `train.py --help` or an error says of it
+    "a plain value": (LAYERS, "n_layer: int = 8", "--n_layer N"),
+    "a field of one's own": (LAYERS, f"{LAYERS}\n    note: float = 0.5", "--note X"),
+    "an own field, or None": (LAYERS, f"{LAYERS}\n    note: str | None = None", "--note NOTE"),
+    "a comma too many": (LAYERS, f"{LAYERS},", "error: n_layer"),
+    "a value of another type": (LAYERS, 'n_layer: int = "8"', "error: n_layer '8'"),
+    "a type that is no setting's": (LAYERS, f"{LAYERS}\n    note: tuple = ()",
+                                    "error: config.py: the type of note"),
+    "a deleted field": (LAYERS + "\n", "\n", "error: config.py"),
+    "a preset that is no dict": ('"reference": {},', '"reference": {}, "mine": "demo",',
+                                 "error: config.py: the preset 'mine' must be a dict"),
+    "a default preset that is gone": ('DEFAULT_PRESET = "reference"', 'DEFAULT_PRESET = "mine"',
+                                      "error: DEFAULT_PRESET in config.py 'mine'"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_config_py_can_be_edited_by_hand(tmp_path, edit):
+    before, after, said = EDITS[edit]
+    text = (ROOT / "config.py").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "config.py").write_text(text.replace(before, after))
+    code = """
+import sys
+import config
+def main(argv):
+    parser = config.Parser("")
+    config.add_config_flags(parser, argv)
+    parser.parse_args(argv)
+config.cli(main)
+"""
+    argv = ["--preset", "mine", "--help"] if "preset that is no" in edit else ["--help"]
+    done = run_script(tmp_path, "-c", code, *argv)
+    assert "Traceback" not in done.stderr
+    if said.startswith("error"):
+        assert done.status == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    else:
+        assert done.status == 0 and said in done.stdout.partition("model:")[2].partition("data:")[0]
+
+
 @pytest.fixture
 def model_of_mine(tmp_path, monkeypatch) -> Path:
     """A model.pt made with a preset that has been removed since."""

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -1247,3 +1248,114 @@ def test_full_is_tuned_in_larger_steps_and_any_max_iters_differs_from_its_pass()
         config = Config.from_preset(preset, data_dir="some/where", out_dir="elsewhere")
         assert train.differences(config) == {}
         assert train.differences(dataclasses.replace(config, seed=7)) == {"seed": 7}
+
+
+# ------------------------------------ What would go wrong silently, and advice that can be followed
+
+
+def test_a_typed_data_dir_is_never_filled_with_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "raw.txt").write_text("Once.")
+    for flags in (dict(preset="demo"), dict(preset="tuned")):
+        line = refusal(main, data_dir=folder, **flags)
+        assert "python prepare_data.py" in line and "meta.json" in line
+    assert files_in(folder) == ["raw.txt"]
+
+
+def test_a_typed_text_that_has_changed_is_refused_for_a_new_run_only(tmp_path, monkeypatch):
+    data = prepare_tales(tmp_path, 3)
+    text = str(tmp_path / "train.txt")
+    flags = dict(data_dir=data, plot_dir=tmp_path, dataset=text) | TINY
+    main(out_dir=tmp_path / "one", **flags)
+    with open(text, "a") as file:
+        file.write("<|endoftext|>One more story.")
+    line = refusal(main, out_dir=tmp_path / "two", **flags)
+    assert "changed since" in line and "--overwrite" in line and not (tmp_path / "two").exists()
+    main("--resume", out_dir=tmp_path / "one", dataset=text, max_iters=20)  # the .bin decide
+    Path(text).unlink()
+    main(out_dir=tmp_path / "three", **flags)  # what is gone is no obstacle
+
+
+def test_a_typed_preset_gives_the_data_of_a_score(finished, export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(main, "--eval_only", preset="demo", init_from=export)
+    assert "data/toy" in line and "TinyStories" not in line
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(warmup_iters=40, lr_decay_iters=60), "warmup of 40 iterations is not shorter"),
+    (dict(warmup_iters=18), "warmup of 18 iterations is not shorter"),
+    (dict(lr_decay_iters=60), "decay would end at iteration 60"),
+    (dict(max_iters=30, lr_decay_iters=30, max_epochs=None), ""),
+])
+def test_a_schedule_that_cannot_happen_is_told_at_the_start(data, tmp_path, changes, words):
+    lines = train.description(new_run(tiny(data, tmp_path, **changes)))
+    assert any(words in line for line in lines)
+    assert any("rate only reaches" in " ".join(line.split()) for line in lines) == bool(words)
+
+
+def test_steps_and_tokens_of_a_short_run_agree_and_many_epochs_are_told(data, tmp_path):
+    short = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=2))))
+    assert "2 iterations in 1 steps of 128 tokens: 128" in short and "overfitting" not in short
+    size = len(tokens_of(data, "train"))
+    long = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=size))))
+    assert "is read 64 times" in long and "overfitting" in " ".join(long.split())
+
+
+def test_a_streak_of_bad_gradients_that_has_ended_still_ends_the_run(data, tmp_path):
+    run = new_run(tiny(data, tmp_path))
+    grads = [float("nan")] * 10 + [1.0]
+    for value in grads:
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, value)
+        run.update_weights(1e-3)
+    assert run.state.skipped_in_a_row == 0
+    assert "10 steps in a row" in refusal(train.save_checkpoint, run)
+    assert not run.folder.ckpt.exists()
+
+
+def test_a_diverged_run_is_told_a_command_that_works(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    run = train.resumed_run(train.RunFolder(out), {"out_dir": str(out)})
+    line = refusal(run.fail, "it diverged")
+    [command] = re.findall(r"python train.py (.*)", line)
+    main(*shlex.split(command), max_iters=2, plot_dir=tmp_path, compile="false", eval_windows=2)
+    run.folder.replaces = True  # as with --overwrite: ckpt.pt is another run's
+    assert "ckpt.pt" not in refusal(run.fail, "it diverged")
+
+
+def test_data_that_moved_or_was_prepared_anew_is_told_what_to_do(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    line = refusal(main, "--resume", out_dir=out, data_dir=tmp_path / "none")
+    assert "--data_dir" in line and "not in" in line
+    other = prepare_tales(tmp_path, 8)
+    line = refusal(main, "--resume", out_dir=out, data_dir=other)
+    assert "--init_from" in line and "has changed" in line
+
+
+def test_the_commit_of_an_edited_tree_is_dirty(monkeypatch):
+    for changes, commit in (("", "abc"), (" M train.py\n", "abc-dirty")):
+        def git(command: list, changes: str = changes, **options: Any) -> SimpleNamespace:
+            return SimpleNamespace(stdout="abc\n" if "rev-parse" in command else changes)
+
+        monkeypatch.setattr(train.subprocess, "run", git)
+        assert train.versions_of(torch.device("cpu"))["commit"] == commit
+
+
+def test_float16_trains_on_repetitive_text_as_float32_does(data, tmp_path, monkeypatch):
+    """11 of 12 tokens alike, 8,192 at once, as a GPU takes them."""
+    monkeypatch.setitem(gpt.HEAD_TOKENS, "cpu", 8192)
+    losses = []
+    for dtype in (torch.float16, torch.float32):
+        monkeypatch.setattr(gpt, "pick_dtype", lambda name, device, dtype=dtype: dtype)
+        run = new_run(tiny(data, tmp_path, n_embd=16, batch_size=512, dropout=0,
+                           gradient_accumulation_steps=1, max_epochs=None))
+        tokens = np.where(np.arange(20_000) % 12 == 0, 464, 220).astype(np.uint16)
+        run.tokens["train"] = tokens
+        for _ in range(3):
+            run.step()
+        assert run.state.skipped_updates == 0
+        losses.append(run.loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
