@@ -264,9 +264,10 @@ SOFTMAX_TOKENS = {"cpu": 64, "cuda": 8192, "mps": 2048}
 # Token ids whose head gradient is updated at once: what is added takes as much memory again.
 GRADIENT_IDS = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 # Float16 reaches from 6e-8 to 65,504. The softmax of an unlikely token is smaller, so the gradient
-# by the logits is held 8 times as large. Its sum over a group of like tokens is larger, so that is
-# taken of features 64 times as small. Both are undone in float32; powers of two round nothing.
-FLOAT16_SCALE, FLOAT16_SHRINK = 8.0, 64.0
+# by the logits is held 8 times as large. A sum over many like tokens is larger: features are made
+# smaller for it, by the number of tokens beyond 512. Both are undone in float32, and being powers
+# of two they round nothing. A sum then stays below 8 x 512 times the largest feature.
+FLOAT16_SCALE, FLOAT16_TOKENS = 8.0, 512
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -292,7 +293,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         padded = math.ceil(vocab / 64) * 64
         w = weight.new_zeros((padded, weight.size(1)), dtype=dtype)
         w[:vocab] = weight
-        scale, shrink = (FLOAT16_SCALE, FLOAT16_SHRINK) if dtype == torch.float16 else (1.0, 1.0)
+        scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if training else None
         dw = torch.zeros_like(w, dtype=torch.float32) if training else None
@@ -307,11 +308,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 loss += softmax_gradient(part, answer, scale)
             if training:
                 dx[group] = logits @ w
-                features = features / shrink
+                shrink = 1.0
+                if dtype == torch.float16 and len(features) > FLOAT16_TOKENS:
+                    shrink = 2.0 ** math.ceil(math.log2(len(features) / FLOAT16_TOKENS))
+                    features = features / shrink
                 columns = logits.split(GRADIENT_IDS[kind], dim=1)
                 for part, column in zip(dw.split(GRADIENT_IDS[kind]), columns, strict=True):
-                    part += column.t() @ features
-        ctx.factors = 1 / (scale * len(x)), shrink / (scale * len(x))
+                    part.add_(column.t() @ features, alpha=shrink)
+        ctx.factor = 1 / (scale * len(x))
         if training:
             ctx.save_for_backward(dx, dw[:vocab])
         return loss / len(x)
@@ -319,8 +323,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor):
         dx, dw = ctx.saved_tensors
-        x_factor, w_factor = ctx.factors
-        return dx * (grad_loss * x_factor), dw * (grad_loss * w_factor), None, None, None, None
+        factor = grad_loss * ctx.factor
+        return dx * factor, dw * factor, None, None, None, None
 
 
 def fused_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor,
@@ -392,8 +396,8 @@ def next_logits(model: GPT, unread: Tensor, cache: Cache, head: Tensor) -> Tenso
         torch.backends.mkldnn.enabled = before
 
 
-def draw_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
-               generator: torch.Generator | None) -> Tensor:
+def draw_token(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
+               generator: torch.Generator | None = None) -> Tensor:
     """One id (B,) for each row of logits (B, V), drawn as `generate` says."""
     if temperature < 1e-30:  # 0, or so small that float32 would divide by zero
         return logits.argmax(dim=1)

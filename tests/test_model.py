@@ -22,6 +22,11 @@ import torch
 import torch.nn.functional as F
 from conftest import refusal, snapshot
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 import model as gpt
@@ -343,6 +348,21 @@ def test_float16_keeps_the_gradient_of_very_unlikely_tokens(device):
     assert distance(ours.sum(0), exact.sum(0)) < 0.1 and distance(ours, exact) < 0.3
 
 
+@pytest.mark.parametrize("alike", [7500, 8192])
+def test_float16_holds_the_gradient_of_thousands_of_like_tokens(monkeypatch, alike):
+    """Padding, tables, white space: eight times their sum is beyond float16's 65,504."""
+    monkeypatch.setitem(gpt.HEAD_TOKENS, "cpu", 8192)  # as on a GPU
+    x, weight, targets = head_inputs(rows=8192)
+    with torch.no_grad():
+        x[:alike] = 3 * torch.sign(x[0])
+    targets[:alike] = 0
+    exact = loss_and_gradients(full_loss, x, weight, targets)
+    with torch.autocast("cpu", torch.float16):
+        ours = loss_and_gradients(fused_linear_cross_entropy, x, weight, targets, 65536.0)
+    for mine, other in zip(ours, exact, strict=True):
+        assert mine.isfinite().all() and distance(mine, other) < 5e-3
+
+
 # ------------------------------------------------------------------------------------------
 # Compilation
 
@@ -460,16 +480,29 @@ def test_top_k_draws_among_the_k_likeliest_only():
         assert torch.equal(draws(model, 2000, top_k=more), draws(model, 2000, top_k=0))
 
 
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (0, 0.9), (5, 0.7), (0, 1e-9)])
+def test_top_p_draws_as_hugging_face_does(top_k, top_p):
+    model = shaken(TINY)
+    logits = model(torch.zeros(1, 3, dtype=torch.long))[:, -1].detach() / 3
+    warp = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
+    warp.append(TopPLogitsWarper(top_p))
+    expected = warp(None, logits).softmax(1)[0]
+    found = draws(model, 20_000, temperature=3.0, top_k=top_k, top_p=top_p)
+    assert_shares(found, expected, 20_000)
+    assert torch.equal(found > 0, expected > 0)
+
+
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 1e-46, 5e-324])
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_a_very_small_temperature_takes_the_likeliest(temperature, top_k):
     logits = torch.randn(6, 50)
-    assert torch.equal(gpt.draw_token(logits, temperature, top_k, None), logits.argmax(dim=1))
-    assert torch.equal(gpt.draw_token(logits, 1.0, 1, None), logits.argmax(dim=1))
+    assert torch.equal(gpt.draw_token(logits, temperature, top_k), logits.argmax(dim=1))
+    assert torch.equal(gpt.draw_token(logits, 1.0, 1), logits.argmax(dim=1))
 
 
 def test_a_huge_temperature_draws_evenly():
-    token = gpt.draw_token(torch.randn(20_000, 4), 1e308, 0, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    token = gpt.draw_token(torch.randn(20_000, 4), 1e308, generator=generator)
     assert_shares(torch.bincount(token) / 20_000, torch.full((4,), 0.25), 20_000)
 
 

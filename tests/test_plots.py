@@ -9,6 +9,7 @@ from typing import Any
 
 from config import Config, UserError
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -153,7 +154,7 @@ def checkpoint(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--layer", "1", "--head", "0"], ["--prompt", ""],
+    [], ["--layer", "1", "--head", "0"],
     ["--prompt", "Costs $5, $6 \U0001f600 好\n" * 9],
 ])
 def test_the_program_draws_and_prints_a_line_a_head(checkpoint, tmp_path, capsys, recwarn, extra):
@@ -164,6 +165,24 @@ def test_the_program_draws_and_prints_a_line_a_head(checkpoint, tmp_path, capsys
     assert ["".join(line.split()[:2]) for line in lines[1:5]] == ["00", "01", "10", "11"]
     assert "previous" in lines[0] and "worth" in lines[0]
     assert not [str(w.message) for w in recwarn if "lyph" in str(w.message)]
+
+
+@pytest.mark.parametrize("prompt", ["", "One"])
+def test_a_prompt_of_one_token_is_refused(checkpoint, tmp_path, prompt):
+    line = conftest.refusal(attention.main, ["--checkpoint", checkpoint, "--prompt", prompt])
+    assert "one token" in line
+
+
+@pytest.mark.parametrize("shares, name", [
+    (dict(first=0.5, previous=0.4), "first token"), (dict(first=0.3, previous=0.1), "mixed"),
+    (dict(previous=0.45, itself=0.2), "mixed"), (dict(itself=0.44, first=0.2, same=0.2), "itself"),
+    (dict(previous=0.1), "mixed"), (dict(after=0.6), "induction"),
+])
+def test_a_head_is_named_by_what_most_of_its_attention_does(shares, name):
+    """Half of it, or the largest share where that is twice the next; all others are one share."""
+    table = {key: torch.tensor([[shares.get(key, 0.0)]]) for key in attention.NAMES}
+    table |= {"bits": torch.tensor([[1.0]]), "even bits": torch.tensor([[4.0]])}
+    assert head_name(table, 0, 0) == name
 
 
 def test_over_validation_text_the_table_says_what_a_head_is_worth(checkpoint, tmp_path, capsys):

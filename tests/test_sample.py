@@ -2,13 +2,16 @@
 
 import dataclasses
 import io
+import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import config
 from config import Config
@@ -276,6 +279,72 @@ def test_the_exported_tokenizer_gives_tiktokens_ids(exported, offline):
     assert theirs.model_max_length == 32
 
 
+def test_an_export_is_read_by_programs_that_pad_and_convert(exported, offline):
+    """llama.cpp's converter reads n_ctx; a batch of unequal prompts is padded on the left."""
+    assert json.loads((exported / "config.json").read_text())["n_ctx"] == 32
+    theirs = AutoTokenizer.from_pretrained(exported)
+    batch = theirs(["Once", "Once upon a time"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
+    model = GPT2LMHeadModel.from_pretrained(exported)
+    alone = model.generate(**theirs(["Once"], return_tensors="pt"), do_sample=False, max_length=9)
+    both = model.generate(**batch, do_sample=False, max_new_tokens=8)
+    assert both[0, 3:].tolist() == alone[0].tolist()
+
+
+def swap_two(ids: dict) -> dict:
+    return ids | {"the": ids["cat"], "cat": ids["the"]}
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refusal, story, name):
+    folder = shutil.copytree(exported, tmp_path / "other")
+    content = json.loads((folder / name).read_text())
+    if name == "vocab.json":
+        content = swap_two(content)
+    else:
+        (folder / "vocab.json").unlink()
+        story("--checkpoint", str(folder), "--max_new_tokens", "1")  # it is GPT-2's still
+        content["model"]["vocab"] = swap_two(content["model"]["vocab"])
+    (folder / name).write_text(json.dumps(content))
+    assert "tokenizer of its own" in refusal("--checkpoint", str(folder))
+    (folder / name).unlink()
+    story("--checkpoint", str(folder), "--max_new_tokens", "1")  # absent files are fine
+
+
+def test_the_hub_is_asked_once_and_for_ten_seconds_at_most(refusal, monkeypatch):
+    asked = []
+
+    def model_info(self: Any, name: str, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", "resume"])
+    with pytest.raises(SystemExit):
+        config.cli(sample.main)
+    assert asked == [("resume", 10)]
+
+
+def test_a_byte_order_mark_on_standard_input_is_dropped(story, monkeypatch, checkpoint):
+    stdin(monkeypatch, b"\xef\xbb\xbfOnce upon\n")
+    out, _ = story("--prompt", "-", "--checkpoint", checkpoint, "--max_new_tokens", "0")
+    assert out == "Once upon\n"
+
+
+@pytest.mark.parametrize("prompt, warned", [("Once ", True), ("Once  ", True), ("Once", False)])
+def test_a_space_at_the_prompts_end_is_warned_of(checkpoint, story, prompt, warned):
+    err = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "1")[1]
+    assert ("space" in err) == warned
+
+
+def test_a_run_without_a_model_yet_is_told_what_it_has(checkpoint, tmp_path, refusal):
+    folder = tmp_path / "out" / "demo"
+    folder.mkdir(parents=True)
+    shutil.copy(checkpoint, folder / "ckpt.pt")
+    for path in (folder, folder / "model.pt"):
+        assert str(folder / "ckpt.pt") in refusal("--checkpoint", str(path))
+
+
 def test_the_model_card_tells_data_losses_settings_and_where_the_weights_come_from(tmp_path):
     row = dict(iteration=500, tokens=2_048_000, train_loss=2.25, val_loss=2.5, val_bits_per_byte=1)
     after = dict(state=dict(iteration=900, log=[row]))
@@ -346,6 +415,8 @@ WRONG = {
     ("--temperature", "-0.5"): "0 or more",
     ("--top_k", "2.5"): "type int",
     ("--num_samples", "0"): "1 or more",
+    ("--top_p", "1.5"): "1 or less",
+    ("--top_p", "0"): "--top_p",
     ("--max_new_tokens", ""): "--max_new_tokens",
     ("--seed", "99999999999999999999"): "--seed",
     ("--device", "gpu"): "gpu",
@@ -410,7 +481,7 @@ def test_help_says_every_flag_and_imports_nothing_slow_besides_torch():
         words = entry.split()
         told[words[0]] = bool(re.search("default: |if not given", " ".join(words)))
     flags = ["prompt", "checkpoint", "num_samples", "max_new_tokens", "temperature", "top_k",
-             "seed", "device", "dtype", "save_hf"]
+             "top_p", "seed", "device", "dtype", "save_hf"]
     assert told == dict.fromkeys(flags, True)
 
 
