@@ -13,6 +13,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from model import GPT, save_file, to_hugging_face
 from plots import attention, loss_curve
@@ -38,6 +39,40 @@ def test_attention_maps_are_those_of_hugging_face(model):
     theirs.set_attn_implementation("eager")
     expected = torch.cat(theirs(ids[None], output_attentions=True).attentions)
     torch.testing.assert_close(attention_maps(model, ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("short", [256, 0])  # 0: as on CUDA and in long texts, PyTorch's function
+@torch.no_grad()
+def test_attention_maps_follow_a_change_of_queries_and_keys(model, monkeypatch, short):
+    """The oracle: with the maps, the values give what the model's attention gives."""
+    monkeypatch.setattr("model.SHORT", short)
+    attn, ids = model.transformer.h[1].attn, torch.randint(50, (16,))
+    plain, before = attn.queries_keys_values, attention_maps(model, ids)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        """As rotary positions do, if coarsely: queries and keys depend on where they stand."""
+        q, k, v = plain(x)
+        return torch.stack([q * torch.arange(16).view(-1, 1).cos(), k.flip(-1), v])
+
+    attn.queries_keys_values = turned
+    maps = attention_maps(model, ids)[1]
+    assert (maps - before[1]).abs().max() > 0.1
+    (x,) = attention.inputs_of([attn], model, ids[None])
+    expected = attn.c_proj((maps @ plain(x)[2]).transpose(1, 2).reshape(x.shape))
+    torch.testing.assert_close(attn(x), expected, rtol=0, atol=1e-5)
+
+
+def test_every_text_of_a_tall_grid_is_inside_the_picture(monkeypatch, tmp_path):
+    model = GPT(Config(n_layer=24, n_head=1, n_embd=8, block_size=16, dropout=0.0)).eval()
+    figures, ids = [], torch.arange(5)
+    monkeypatch.setattr(attention, "write_figure", lambda figure, path: figures.append(figure))
+    attention.draw(tmp_path / "a.png", model, ids, head_table(model, ids[None]), None)
+    figures[0].draw_without_rendering()
+    texts = [text for text in figures[0].findobj(Text) if text.get_text() and text.get_visible()]
+    assert any("shares its attention" in text.get_text() for text in texts)
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.y0 >= 0 and box.y1 <= figures[0].bbox.y1, text.get_text()
 
 
 @torch.no_grad()
