@@ -1,8 +1,8 @@
 """Shows what a model has learnt, by forced choices: `python -m plots.abilities`.
 
-An item is a context and two continuations, of which one is right: after "Lily saw a big dog in the
-park. Then" it is "she", not "he". The model chooses the likelier one. Behind the context of its
-twin ("Tom saw ...") they change places, so that a model that merely likes "she" has a half right.
+An item is a context and two continuations, of which one is right: "Lily saw a dog. Then" goes on
+with "she", not "he". The model chooses the likelier one. Behind its twin's context ("Tom saw ...")
+the two change places, so that a model that merely likes the word "she" has one of the twins right.
 """
 
 import csv
@@ -31,15 +31,17 @@ def main(argv: list[str]) -> None:
     add_flag(parser, "device", str, "auto", "where to run: auto, cpu, mps, cuda or cuda:N")
     args = parser.parse_args(argv)
     device, header, columns, lines = pick_device(args.device), ["right (chance: 50%)"], [], {}
-    for text in args.checkpoint:
-        label, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+    for name in args.checkpoint:
+        label, _, path = ("", "", name) if Path(name).exists() else name.rpartition("=")
         model, path = read_model(path)
         facts = load_file(Path(path)) if Path(path).is_file() else {}
         shares = category_shares(choices(model.to(device), path))
         header.append(label or model.config.preset)
         cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
-        columns.append([*cells, str(facts.get("tokens", "-")), str(facts.get("val_loss", "-"))[:6]])
-        lines.setdefault(header[-1], []).append((facts.get("tokens", math.nan), shares))
+        tokens, loss = (facts.get(fact, math.nan) for fact in ("tokens", "val_loss"))
+        cells += [text.replace("nan", "-") for text in (f"{tokens:,.0f}", f"{loss:.4f}")]
+        columns.append(cells)
+        lines.setdefault(header[-1], []).append((tokens, shares))
     rows = zip([*shares, "tokens", "val loss"], *columns, strict=True)
     print_table(header, [list(row) for row in rows])
     if args.out or len(columns) > 1:
@@ -47,9 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def choices(model: GPT, name: str) -> list[dict]:
-    """The rows of pairs.csv, and in each "decided": 1 is right, 0 wrong, 0.5 neither. UserError if
-    the model's context is too short for one.
-    """
+    """pairs.csv's rows with "decided": 1 right, 0 wrong, 0.5 even. UserError if one is too long."""
     rows = list(csv.DictReader(PAIRS.read_text(encoding="utf-8").splitlines()))
     batches = defaultdict(list)  # of contexts of one length
     for row in rows:
@@ -97,7 +97,8 @@ def draw(path: Path, lines: dict[str, list[tuple[float, dict]]]) -> None:
             means, errors = zip(*(each[category] for each in shares), strict=True)
             axes.errorbar(tokens, means, errors, fmt=".-", label=label)
             axes.axhline(0.5, color="0.5", linewidth=1, linestyle=":")
-            axes.set(title=category, xscale="log", ylim=(0, 1.05))
+            axes.set_xscale("symlog", linthresh=1e5)  # shows an untrained model, at 0, too
+            axes.set(title=category, ylim=(0, 1.05))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supxlabel("tokens trained on")
     figure.supylabel("share right (dotted: chance)")

@@ -131,9 +131,11 @@ def test_a_column_for_each_checkpoint_and_a_picture(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["right", "(chance:", "50%)", "reference", "later"]
     assert len(table) == 1 + 10 + 2
-    assert table[-2].split() == ["tokens", "1000", "2000"]
-    assert table[-1].split() == ["val", "loss", "3.25", "3.25"]
+    assert table[-2].split() == ["tokens", "1,000", "2,000"]
+    assert table[-1].split() == ["val", "loss", "3.2500", "3.2500"]
     assert out.read_bytes().startswith(b"\x89PNG")
+    save_file(tmp_path / "1000.pt", model.config, model)  # it does not say how long it was trained
+    abilities.main(["--checkpoint", names[0], "--out", str(out)])
 
 
 def test_a_mistake_is_one_line(tmp_path):
