@@ -255,7 +255,7 @@ def checked(name: str, value: Any, kind: type, low: float | None = None,
         high = 2**31 - 1
     if type(value) is not kind:
         wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise UserError(f"{name} {value!r} must be {wanted}")
+        raise UserError(f"{name} {value!r:.60} must be {wanted}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} {value} must be a finite number")
     if low is not None and value < low:
@@ -379,8 +379,10 @@ class Parser(argparse.ArgumentParser):
 # ------------------------------------------------------------------------- Errors, notices, files
 
 # PyTorch's threads spin while they wait for each other, which starves them beside another job.
-# The variable is read when torch is imported, by builds of PyTorch that use GNU's OpenMP.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The variable is read when torch is imported, by builds of PyTorch that use GNU's OpenMP. A story
+# is made of thousands of small products, for which threads that sleep take a tenth longer.
+if not sys.argv[0].endswith("sample.py"):
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cli(main: Callable[[list[str]], None]) -> None:

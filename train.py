@@ -98,8 +98,9 @@ def main(argv: list[str]) -> None:
         for line in description(run):
             run.notice(line)
         compile_model(run)  # before the folder is taken: if it fails, nothing old was touched
+        run.folder.replaces = mode == "overwrite"
         if run.is_main:
-            run.folder.take(run, replaces=mode == "overwrite")
+            run.folder.take(run)
         with run.stop:
             try:
                 train(run)
@@ -486,19 +487,18 @@ class RunFolder:
         self.read_at = self.ckpt.stat().st_mtime_ns  # before it is read: `take` looks again
         return gpt.load_file(self.ckpt)
 
-    def take(self, run: "Run", replaces: bool) -> None:
+    def take(self, run: "Run") -> None:
         """Makes the folder, holds it until the process ends, and writes run.json.
 
         UserError if another process does, or has saved a newer checkpoint since ours was read.
         """
-        self.replaces = replaces
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.path)
         if self.lock is None:
             raise UserError(f"another train.py is at work in {self.path}: name another --out_dir")
         if self.read_at and self.read_at != self.ckpt.stat().st_mtime_ns:
             raise UserError(f"the run in {self.path} was still saving: type the same command again")
-        if not replaces:
+        if not self.replaces:
             self.write_record(run)
 
     def save(self, run: "Run", row: Row | None) -> None:

@@ -1273,7 +1273,8 @@ def test_a_typed_text_that_has_changed_is_refused_for_a_new_run_only(tmp_path, m
         file.write("<|endoftext|>One more story.")
     line = refusal(main, out_dir=tmp_path / "two", **flags)
     assert "changed since" in line and "--overwrite" in line and not (tmp_path / "two").exists()
-    main("--resume", out_dir=tmp_path / "one", dataset=text, max_iters=20)  # the .bin decide
+    copy = shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    main("--resume", out_dir=copy, dataset=text, max_iters=20)  # the .bin files decide
     Path(text).unlink()
     main(out_dir=tmp_path / "three", **flags)  # what is gone is no obstacle
 
