@@ -14,6 +14,7 @@ from config import Parser, UserError, add_flag, cli, notice
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from model import GPT, load_file, pick_device
 from plots.loss_curve import print_table, write_figure
@@ -87,8 +88,6 @@ def category_shares(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 def draw(path: Path, lines: dict[str, list[tuple[float, dict]]]) -> None:
     """Writes a PNG: a panel for each category, its share right over tokens (NaN: not drawn)."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 5), layout="constrained")
     grid = figure.subplots(2, 5, sharex=True, sharey=True).flatten()
     for label, line in lines.items():
