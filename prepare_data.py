@@ -717,7 +717,8 @@ def write_split(split: str, path: Path, source: Source, num_threads: int, in_val
             digest.update(ids.data)
             counts.update(more)
             bar.update(more["stories"])
-    notice(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    told = [f"{count:,} {name}" for name, count in counts.items() if count and name != "bytes"]
+    notice(f"{split}: {', '.join(told)}")
     if not counts["stories"]:
         raise UserError(source.if_empty)
     if counts["in both splits"]:
