@@ -258,7 +258,7 @@ def test_stories_come_back(kind, tmp_path, capsys, monkeypatch):
         assert entry["tokens"] == len(content) // 2 == len(ids)
         assert entry["bytes"] == sum(len(story.encode()) for story in stories)
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
-        assert f"{split}: {len(stories)} stories, {entry['tokens']} tokens, " in told
+        assert f"{split}: {len(stories)} stories, {entry['tokens']} tokens" in told
         assert entry.keys() == {"stories", "tokens", "bytes", "empty", "sha256"}
         assert isinstance(ids, np.memmap) and ids.dtype == np.dtype("<u2")
         with pytest.raises(ValueError, match="read-only"):
