@@ -180,7 +180,7 @@ def test_repetitive_text_overflows_float16_where_the_head_does_not_mind(place, m
     place = dataclasses.replace(place, changes=SMALL | dict(block_size=12))
     words = gpu_check.repetitive_text(place, steps=12)[1].split("; ")
     losses = [float(re.search(r"loss ([\d.]+)", part)[1]) for part in words]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] < 10
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] < 10.5
     assert int(re.search(r", (\d+) of 12 steps skipped", words[0])[1]) < 4
     monkeypatch.setattr(gpt, "FLOAT16_SCALE", 2.0**14)
     with pytest.raises(UserError, match="not finite in 10 steps"):
