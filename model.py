@@ -494,7 +494,10 @@ def load_file(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}{hint}")
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not compare the checksums
+            # torch.load does not compare the checksums, and takes the memory as it is for the
+            # contents of an entry that says it is a folder. We write no folders.
+            folders = any(entry.external_attr for entry in file.infolist())
+            if folders or file.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
