@@ -468,7 +468,7 @@ def wrapped(pieces: Iterable[str], stream: Any) -> Iterator[str]:
 
 def lock_folder(folder: Path) -> int | None:
     """A descriptor that holds `folder` for this process until it is closed; None if it is taken.
-    What a kill left of atomic writes there goes.
+    Also deletes unfinished files that a killed process left in the folder.
     """
     try:
         import fcntl

@@ -247,8 +247,8 @@ def fingerprint(dataset: str) -> str | None:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
-# The first bytes of what is no text or something else than its name says. Where the words hold the
-# name's own ending, they are right: a .gz file may begin as an archive does.
+# How files begin that are not stories, or not in the format that their name claims. A kind is not
+# reported for a file whose ending it names: a .gz file is expected to begin like an archive.
 SIGNATURES = {
     "a pointer of Git LFS: get the text itself with `git lfs pull`": rb"version https://git-lfs",
     "a web page: download the text itself": rb"\s*<(!doctype|html|\?xml)",

@@ -142,7 +142,7 @@ def prompt_ids(prompt: str, model: gpt.GPT) -> torch.Tensor:
     ids = encode_text(prompt).tolist() or [END_OF_TEXT]
     size = model.config.block_size
     if prompt.endswith(" "):
-        notice("warning: leave out the space at the prompt's end: GPT-2's words begin with theirs")
+        notice("warning: leave out the space at the prompt's end: GPT-2's tokens have it in front")
     if len(ids) > size:
         notice(f"warning: the prompt is {len(ids)} tokens: the model reads only the last {size}")
     return torch.tensor(ids[-size:], device=model.transformer.wte.weight.device)

@@ -202,10 +202,11 @@ def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
     with ranks.named_in_errors():
         if config.tensorboard:
             import_tensorboard()  # fails here if it does not work
-        if not resumed and not Path(config.data_dir, "meta.json").exists():
+        found = Path(config.data_dir, "meta.json").exists()
+        if not found and not resumed:
             prepare_missing(config, overrides, ranks)
         meta = open_data(config, overrides)
-        if not resumed and "dataset" in overrides:
+        if found and not resumed and "dataset" in overrides:
             data.check_unchanged(meta, config.data_dir)
         config = dataclasses.replace(config, dataset=meta["dataset"])
         if config.max_epochs is not None:
@@ -218,7 +219,7 @@ def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
 
 
 def prepare_missing(config: Config, overrides: dict, ranks: "Ranks") -> None:
-    """Prepares the data of a new run. UserError where it is not certain what belongs there."""
+    """Prepares the data of a new run, unless it is not certain what belongs there."""
     if "data_dir" in overrides and "dataset" not in overrides:
         prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
         guess = nearest(config.data_dir, prepared)
@@ -427,7 +428,7 @@ def save_checkpoint(run: "Run", row: Row | None = None) -> None:
     if run.is_main:
         run.folder.save(run, row)
     run.ranks.wait()
-    run.folder.saved_at = time.monotonic()
+    run.folder.replaces, run.folder.saved_at = False, time.monotonic()
 
 
 def checkpoint_of(run: "Run") -> dict:
@@ -502,11 +503,11 @@ class RunFolder:
             self.write_record(run)
 
     def save(self, run: "Run", row: Row | None) -> None:
-        """Writes the files in an order in which a kill leaves nothing that looks trained but
-        cannot go on: a model.pt always has a ckpt.pt beside it.
+        """Writes ckpt.pt before the first model.pt, so that a run killed at any point can be
+        resumed, and once more when the other files of an evaluation are written.
         """
         content = checkpoint_of(run)
-        if self.replaces or not self.model.exists():
+        if not row or self.replaces or not self.model.exists():
             # Without the row: a run that is killed right after this evaluates again.
             log = run.state.log[:-1] if row else run.state.log
             before = content | {"state": content["state"] | {"log": log}}
@@ -514,7 +515,6 @@ class RunFolder:
         if self.replaces:  # the old run stays until the new one has its first checkpoint
             self.model.unlink(missing_ok=True)
             self.log.unlink(missing_ok=True)
-            self.replaces = False
         if row and (row["val_loss"] < self.best_loss or not self.model.exists()):
             gpt.save_file(self.model, run.config, run.model, **row)
             self.best_loss = row["val_loss"]
@@ -524,11 +524,12 @@ class RunFolder:
             self.write_record(run)
         except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
             notice(f"log.csv or run.json is not written: {problem.strerror}")
-        gpt.save_file(self.ckpt, run.config, run.model, **content)
+        if row:
+            gpt.save_file(self.ckpt, run.config, run.model, **content)
 
     def read_best_loss(self, log: list[Row]) -> None:
-        """Finds out how good model.pt is. One that is missing, damaged or another run's gives way
-        to the next evaluation's weights.
+        """Finds out how good model.pt is. If it is missing, damaged or from another run, the next
+        evaluation replaces it.
         """
         with contextlib.suppress(UserError, OSError):
             loss = gpt.load_file(self.model).get("val_loss")
@@ -1229,7 +1230,7 @@ class Plot:
 
     def draw(self, log: list[Row]) -> bool:
         """Whether it has been drawn."""
-        config = self.config
+        config, self.drawn_at = self.config, time.monotonic()
         last = log[-1]["iteration"] if log else config.max_iters
         planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
         title = f"{config.out_dir}: {config.tokens_per_iteration:,} tokens an iteration"
@@ -1241,7 +1242,6 @@ class Plot:
                 notice(f"no picture, training goes on: {reason}")
             self.failed = True
             return False
-        self.drawn_at = time.monotonic()
         return True
 
 

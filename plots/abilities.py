@@ -14,10 +14,9 @@ from config import Parser, UserError, add_flag, cli, notice
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from model import GPT, load_file, pick_device
-from plots.loss_curve import print_table, write_figure
+from plots.loss_curve import picture_path, print_table, write_figure
 from prepare_data import encode_text
 from sample import read_model
 
@@ -28,9 +27,10 @@ def main(argv: list[str]) -> None:
     parser = Parser("Prints the share of forced choices that models have right, by category.")
     parser.add_argument("--checkpoint", nargs="+", default=[""], metavar="PATH", help="models that "
                         "sample.py reads, or LABEL=PATH (default: the newest out/*/model.pt)")
-    add_flag(parser, "out", str, None, "the PNG to write; else plots/abilities.png for several")
+    add_flag(parser, "out", str, None, "the picture to write; else plots/abilities.png for several")
     add_flag(parser, "device", str, "auto", "where to run: auto, cpu, mps, cuda or cuda:N")
     args = parser.parse_args(argv)
+    out = picture_path(args.out or Path(__file__).with_suffix(".png"))
     device, header, columns, lines = pick_device(args.device), ["right (chance: 50%)"], [], {}
     for name in args.checkpoint:
         label, _, path = ("", "", name) if Path(name).exists() else name.rpartition("=")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     rows = zip([*shares, "tokens", "val loss"], *columns, strict=True)
     print_table(header, [list(row) for row in rows])
     if args.out or len(columns) > 1:
-        draw(Path(args.out or Path(__file__).with_suffix(".png")), lines)
+        draw(out, lines)
 
 
 def choices(model: GPT, name: str) -> list[dict]:
@@ -87,7 +87,9 @@ def category_shares(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def draw(path: Path, lines: dict[str, list[tuple[float, dict]]]) -> None:
-    """Writes a PNG: a panel for each category, its share right over tokens (NaN: not drawn)."""
+    """Writes a picture: a panel for each category, its share right over tokens (NaN: not drawn)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 5), layout="constrained")
     grid = figure.subplots(2, 5, sharex=True, sharey=True).flatten()
     for label, line in lines.items():

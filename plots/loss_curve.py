@@ -213,7 +213,10 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         if any(cell[:1].isalpha() or len(cell) > 20 for cell in cells):
             words.append(place)
     while words and sum(widths) + 2 * (len(widths) - 1) > WIDTH:
-        widths[max(words, key=widths.__getitem__)] -= 1
+        widest = max(words, key=widths.__getitem__)
+        if widths[widest] <= 8:  # what is narrower cannot be read: the table stays too wide
+            break
+        widths[widest] -= 1
     for row in [header, *rows]:
         wrapped = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
         for line in zip_longest(*wrapped, fillvalue=""):

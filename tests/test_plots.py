@@ -411,3 +411,10 @@ def test_a_law_without_a_limit_is_found_too_and_a_given_limit_is_kept(floor, bes
     laws = extrapolate.fit(tokens, (3 * (tokens / 1e6) ** -0.1 - 0.5)[None], floor)
     assert best <= laws[0, 0] < best + 0.05  # as near as the grid of c allows
     assert extrapolate.predict(laws, np.array([1e6])).item() == pytest.approx(2.5, abs=0.01)
+
+
+def test_a_table_of_many_columns_is_printed_whole(capsys):
+    loss_curve.print_table(["right (chance: 50%)", *"abcdefghij"],
+                           [["pronouns", *["48.4% ± 1.6%"] * 10]])
+    printed = capsys.readouterr().out
+    assert "pronouns" in printed and printed.count("48.4% ± 1.6%") == 10
