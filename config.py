@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -33,10 +34,9 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str | None, group: str = "", **limits: Any) -> Any:
-    """A field of `Config`. Its value has to fit the `limits` low, high and choices of `checked`.
+    """A field of `Config`, whose value has to fit the `limits` (low, high, choices) of `checked`.
 
-    `help` is the text of its flag; a setting whose help is None has no flag. `group` begins a new
-    heading in --help, which holds for the fields below too.
+    A setting whose `help` is None has no flag. `group` begins a new heading in --help.
     """
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=limits))
 
@@ -56,12 +56,9 @@ class Config:
     dropout: float = setting(0.1, "share of activations dropped in training", low=0, high=0.999)
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "exact GELU, or GPT-2's approximation", choices=("exact", "tanh"))
-    init: str = setting("gpt2", "rule for the first weights, see model.py",
-                        choices=("gpt2", "fan_in"))
-    embedding_init: str = setting("random", "rule for the first token embeddings",
-                                  choices=("random", "subword"))
-    init_from: str | None = setting(None, "model to start from: a model.pt, a ckpt.pt, or a "
-                                    "Hugging Face GPT-2")
+    init: str = setting("gpt2", "first weights, see model.py", choices=("gpt2", "fan_in"))
+    embedding_init: str = setting("random", "first token embeddings", choices=("random", "subword"))
+    init_from: str | None = setting(None, "start from a model.pt, a ckpt.pt or Hugging Face GPT-2")
 
     # The data.
     dataset: str = setting("roneneldan/TinyStories", "name on the Hub, toy, or a path", "data")
@@ -79,11 +76,9 @@ class Config:
     max_epochs: float | None = setting(None, "passes over the training data; overrides max_iters "
                                        "where a preset has both", low=1e-9, high=1e6)
 
-    # The learning rate is a function of the iteration: a linear warmup, then a decay from
-    # learning_rate to min_lr. The reference's "minimum" lies above its start, so that its rate
-    # RISES from 1e-4 to 5e-4. That is what ran, and so it is what this preset does.
-    learning_rate: float = setting(1e-4, "rate at the end of the warmup", "learning rate",
-                                   low=1e-30)
+    # A linear warmup, then a decay from learning_rate to min_lr. The reference's "minimum" lies
+    # above its start: its rate RISES from 1e-4 to 5e-4. That is what ran, so it is kept.
+    learning_rate: float = setting(1e-4, "rate after the warmup", "learning rate", low=1e-30)
     min_lr: float = setting(5e-4, "rate at the end of the decay", low=0)
     lr_schedule: str = setting("cosine", "shape of the decay", choices=("cosine", "linear"))
     warmup_iters: int | None = setting(1000, "iterations (not steps) of warmup; if None, a "
@@ -95,8 +90,8 @@ class Config:
     embedding_lr_mult: float = setting(1.0, "rate of embeddings, biases and LayerNorms, as a "
                                        "multiple of the matrices' rate", low=0)
 
-    # The optimizer. The reference decayed every parameter. Here biases and LayerNorms are left
-    # alone, since pulling a scale of one towards zero regularizes nothing.
+    # The optimizer. The reference decayed every parameter. Here biases and LayerNorms do not
+    # decay, since pulling a scale of one towards zero regularizes nothing.
     matrix_optimizer: str = setting("adamw", "rule for the matrices of the blocks; AdamW steps all "
                                     "other parameters", "optimizer", choices=("adamw", "muon"))
     momentum: float = setting(0.95, "decay rate of Muon's momentum", low=0, high=0.9999999)
@@ -127,7 +122,7 @@ class Config:
             value, kind = getattr(self, field.name), kind_of(field)
             if value is None and isinstance(None, field.type):
                 continue
-            value = checked(field.name, value, kind, **field.metadata.get("limits", {}))
+            value = checked(field.name, value, kind, **limits_of(field))
             object.__setattr__(self, field.name, value)
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
@@ -152,9 +147,8 @@ class Config:
         UserError if there is no such preset, or if it sets what is no setting.
         """
         preset = DEFAULT_PRESET if preset is None else preset
-        own = preset_settings(preset)
         settings: dict[str, Any] = {"preset": preset}
-        for given in (own, overrides):
+        for given in (preset_settings(preset), overrides):
             if "max_iters" in given:  # the later of the two says how long the run is
                 settings["max_epochs"] = None
             settings |= given
@@ -242,12 +236,16 @@ def kind_of(field: dataclasses.Field) -> type:
     return kind
 
 
-def checked(name: str, value: Any, kind: type, low: float | None = None,
-            high: float | None = None, choices: Iterable[str] = ()) -> Any:
-    """The value, of type `kind`. A text without `choices` is a path; its ~ is expanded.
+def limits_of(field: dataclasses.Field) -> dict[str, Any]:
+    """Those of `checked`. A plain field of one's own may hold any text."""
+    return field.metadata.get("limits", {"any_text": True})
 
-    UserError if the value has another type, or is not within low and high (both included), or
-    none of the choices.
+
+def checked(name: str, value: Any, kind: type, low: float | None = None,
+            high: float | None = None, choices: Iterable[str] = (), any_text: bool = False) -> Any:
+    """The value. A text is a path, whose ~ is expanded, unless it has `choices` or is `any_text`.
+
+    UserError if it has another type than `kind`, is below low or above high, or no choice.
     """
     if kind is float and type(value) is int:
         value = float(value)
@@ -265,7 +263,7 @@ def checked(name: str, value: Any, kind: type, low: float | None = None,
     if choices and value not in choices:
         guess = nearest(value, choices)
         raise UserError(f"{name} {value!r} must be one of {', '.join(choices)}{guess}")
-    if kind is not str or choices:
+    if kind is not str or choices or any_text:
         return value
     if not value.strip() or "\0" in value:
         raise UserError(f"{name} {value!r} must be a path or a name")
@@ -273,10 +271,10 @@ def checked(name: str, value: Any, kind: type, low: float | None = None,
 
 
 def from_text(text: str, kind: type) -> Any:
-    """What was typed, as this kind (1e4 is a whole number too). If it is none: the text itself."""
-    with contextlib.suppress(ValueError, KeyError):
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
+    """The text as a value of this kind (1e4 is an int too), or the text itself if it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    with contextlib.suppress(ValueError):
         return kind(text)
     with contextlib.suppress(ValueError):
         if kind is int and float(text).is_integer():
@@ -285,10 +283,7 @@ def from_text(text: str, kind: type) -> Any:
 
 
 def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limits: Any) -> Any:
-    """Adds `--name VALUE` to a parser or a group of one. `limits` are those of `checked`.
-
-    Returns argparse's action.
-    """
+    """Adds `--name VALUE` to a parser or group; `checked` has the limits. Returns the action."""
     choices = limits.get("choices", ())
 
     def parse(text: str) -> Any:
@@ -315,7 +310,7 @@ def add_config_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     Config.from_preset(preset)
     group: Any = parser
     for field in dataclasses.fields(Config):
-        help, limits = field.metadata.get("help", ""), field.metadata.get("limits", {})
+        help, limits = field.metadata.get("help", ""), limits_of(field)
         default = PRESETS[preset].get(field.name, field.default)
         if field.name == "preset":
             default, limits = preset, {"choices": tuple(PRESETS)}
@@ -338,6 +333,7 @@ ALIASES = dict(
 FLAG_OF = dict(
     val_fraction="prepare_data.py", val_dataset="prepare_data.py", separator="prepare_data.py",
     prompt="sample.py", temperature="sample.py", top_k="sample.py", learning_rate="train.py",
+    checkpoint="sample.py: train.py has --init_from",
 )
 
 
@@ -353,13 +349,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options: Any):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        # A flag's value may be any negative number ("-1e-4" too): its limits answer it.
+        # A flag's value may be any negative number, as -1e-4: `checked` refuses it if need be.
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> None:
-        if message == "argument --prompt: expected one argument":
-            message += " (one that begins with - is written behind a =, as in --prompt=-Pip)"
-        raise UserError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        if message.endswith(": expected one argument"):
+            flag = message.partition(":")[0]
+            message += f" (one that begins with - is written behind a =, as in {flag}=-X)"
+        raise UserError(message)
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:  # type: ignore[override]
         args, unknown = self.parse_known_args(argv)
@@ -369,8 +367,9 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             name = flag.lstrip("-").replace("-", "_")
             known = [option.removeprefix("--") for option in self._option_string_actions]
-            guess = nearest(ALIASES.get(name, name), known).replace("mean ", "mean --")
-            if not guess and name in FLAG_OF:
+            name = ALIASES.get(name, name)
+            guess = nearest(name, known).replace("mean ", "mean --")
+            if name not in known and name in FLAG_OF:
                 guess = f", which is a flag of {FLAG_OF[name]}"
             raise UserError(f"unknown flag {flag}{guess} (--help lists them all)")
         return args
@@ -379,8 +378,8 @@ class Parser(argparse.ArgumentParser):
 # ------------------------------------------------------------------------- Errors, notices, files
 
 # PyTorch's threads spin while they wait for each other, which starves them beside another job.
-# The variable is read when torch is imported, by builds of PyTorch that use GNU's OpenMP. A story
-# is made of thousands of small products, for which threads that sleep take a tenth longer.
+# GNU's OpenMP reads this when torch is imported. sample.py's threads spin on, since that makes its
+# small products a tenth faster.
 if not sys.argv[0].endswith("sample.py"):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -404,9 +403,10 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except UserError as mistake:
         line = str(mistake)
-        other_rank = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
-        if other_rank and not line.startswith("rank "):  # the same on all: local rank 0 says it
-            sys.exit(2)
+        if speaks_for_us():
+            # Nearly always the same as local rank 0's, after which torchrun ends us. If not:
+            time.sleep(5)
+            line = f"rank {os.environ.get('RANK')}: {line}"
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         line = str(problem.strerror or problem)
         place = problem.filename2 or problem.filename  # of a rename, where it goes to
@@ -417,12 +417,12 @@ def cli(main: Callable[[list[str]], None]) -> None:
             raise
         line = ("out of memory: halve --device_batch_size (the result stays the same), "
                 "--num_samples, --num_threads or the model, whichever there is")
-    notice(f"error: {one_line(line)}")
+    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 class Lossy:
-    """A stream that may go, as a closed terminal: what is written then is lost, nothing fails."""
+    """A stream that may close, as a terminal does: what is written then is lost, with no error."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -439,9 +439,15 @@ class Lossy:
             self.stream.flush()
 
 
+def speaks_for_us() -> bool:
+    """Whether torchrun has started another process here that talks for this one: local rank 0."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+
+
 def notice(line: str) -> None:
     """A line for the person at the terminal: stderr, so that stdout holds results only."""
-    print(line, file=sys.stderr, flush=True)
+    if not speaks_for_us():
+        print(line, file=sys.stderr, flush=True)
 
 
 def one_line(message: object) -> str:
@@ -487,15 +493,15 @@ def lock_folder(folder: Path) -> int | None:
             os.close(handle)
             return None
         return handle  # a file system without locks (some network drives): it is used without
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(".*." + "[0-9a-f]" * 8 + ".partial"):
         partial.unlink()
     return handle
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renames it to `path` once it is on the disk: a reader
-    or a crash sees the old file or the new one, never half of one.
+    """Gives a path beside `path` to write to, and renames it to `path` once it is on the disk, so
+    that `path` is always whole.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):

@@ -150,7 +150,7 @@ def same_dataset(a: str, b: str) -> bool:
 
 
 def local_path(dataset: str) -> Path:
-    """The path of a local dataset. UserError if nothing is there."""
+    """The path of a local dataset. UserError if nothing is there, or no text to prepare."""
     path = Path(identity(dataset))
     if "://" in dataset:
         raise UserError(f"{dataset} is a web address: download it first, or, if it is a dataset of "
@@ -158,6 +158,12 @@ def local_path(dataset: str) -> Path:
     if not path.exists():
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
         raise UserError(f"{dataset} is not there{config.nearest(path.name, siblings)}")
+    if (path / "meta.json").exists() and (path / "train.bin").exists():
+        data_dir = shlex.quote(dataset)
+        raise UserError(f"{dataset} is prepared already: `python train.py --data_dir {data_dir}`")
+    if any((path / f"dataset_{name}.json").exists() for name in ("info", "dict")):
+        raise UserError(f"{dataset} was written by `save_to_disk`: in Python, write its splits to "
+                        "files with `to_parquet`, and name these")
     return path
 
 
@@ -206,12 +212,6 @@ def find_files(dataset: str) -> dict[str, list[Path]]:
         # A file that is named itself is training text, whatever its name is.
         split = split_of(file.relative_to(path)) if suffix_of(file) in SUFFIXES else "not read"
         found.setdefault(split, []).append(file)
-        if file.name in ("dataset_info.json", "dataset_dict.json"):
-            raise UserError(f"{file.parent} was written by `save_to_disk`: in Python, write its "
-                            "splits to files with `to_parquet`, and name these")
-    if (path / "meta.json").exists() and (path / "train.bin").exists():
-        data_dir = shlex.quote(dataset)
-        raise UserError(f"{dataset} is prepared already: `python train.py --data_dir {data_dir}`")
     if path.is_dir():
         for split, files in found.items():
             names = ", ".join(str(file.relative_to(path)) for file in files[:20])
@@ -503,12 +503,12 @@ def encode_all(stories: Iterable[str], num_threads: int) -> Iterator[Batch]:
             pool.shutdown(cancel_futures=True)
 
 
-def stream_ids(dataset: str) -> Iterator[Batch]:
+def stream_ids(dataset: str, separator: str = SEPARATOR) -> Iterator[Batch]:
     """All stories of a file or folder, whatever their split, in batches: the ids, (tokens,) uint16,
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    with closing(read_stories(read_rows, files)) as stories:
+    with closing(read_stories(partial(read_rows, separator=separator), files)) as stories:
         yield from encode_all(stories, THREADS)
 
 
@@ -582,7 +582,8 @@ def command(meta: dict, folder: str | Path, **flags: object) -> str:
     for name in ("val_dataset", "val_fraction", "separator"):
         value = flags.get(name, meta.get("settings", {}).get(name))
         if value not in (None, VAL_FRACTION, SEPARATOR):  # the defaults
-            words += [f"--{name}", str(value).replace("\n", r"\n").replace("\t", r"\t")]
+            text = str(value).replace("\n", r"\n").replace("\t", r"\t")
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
 
 
@@ -604,12 +605,18 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     return meta
 
 
-def check_unchanged(meta: dict, folder: str | Path, when: str = "since it was prepared") -> None:
-    """UserError if a local text that is still there is not the one that meta.json speaks of."""
+def check_unchanged(meta: dict, folder: str | Path, reading: bool = False) -> None:
+    """UserError if a local text is not the one that meta.json speaks of. It may be gone, but not
+    while it is being read.
+    """
+    when = "while it was read" if reading else "since it was prepared"
     settings = meta.get("settings", {})
     for dataset, known in ((meta["dataset"], settings.get("input_sha256")),
                            (settings.get("val_dataset"), settings.get("val_input_sha256"))):
-        if known and os.path.exists(dataset) and fingerprint(dataset) != known:
+        if not known or not is_path(dataset):
+            continue
+        gone = not os.path.exists(dataset)
+        if (gone and reading) or (not gone and fingerprint(dataset) != known):
             again = command(meta, folder)
             raise UserError(f"{dataset} changed {when}: prepare it again: `{again} --overwrite`")
 
@@ -681,7 +688,7 @@ def write_folder(folder: Path, meta: dict, sources: Splits, num_threads: int) ->
         for split in ("val", "train"):  # the short one first, which may turn out to be empty
             path = paths[f"{split}.bin"]
             meta["splits"][split] = write_split(split, path, sources[split], num_threads, in_val)
-        check_unchanged(meta, folder, "while it was read")
+        check_unchanged(meta, folder, reading=True)
         paths["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for path in paths.values():
             flush_to_disk(path)
@@ -753,6 +760,15 @@ def load_meta(data_dir: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not one that prepare_data.py wrote; {again}") from None
     return meta
+
+
+def separator_of(data_dir: str | Path) -> str:
+    """What separated the stories of a prepared folder's text; SEPARATOR if that is not known."""
+    try:
+        settings = json.loads(Path(data_dir, "meta.json").read_text(encoding="utf-8"))["settings"]
+        return settings["separator"]
+    except (OSError, ValueError, KeyError, TypeError):  # it is gone, or made by an older version
+        return SEPARATOR
 
 
 def open_split(data_dir: str | Path, split: str) -> np.memmap:

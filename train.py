@@ -82,39 +82,41 @@ def main(argv: list[str]) -> None:
     overrides, mode = parse_command_line(argv)
     if mode == "eval_only":
         return score_only(overrides)
-    folder = RunFolder(folder_of(overrides))
+    folder = RunFolder(folder_of(overrides), mode)
     if mode == "resume" and folder.ckpt.exists():
         run = resumed_run(folder, overrides)
     else:
-        run = new_run(folder, overrides, mode)
-    with run.ranks.named_in_errors():
-        check_ranks_agree(run)
-        flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
-        if is_finished(run.config, run.state):
-            run.notice(f"the run in {run.folder.path} is finished, at iteration "
-                       f"{run.state.iteration:,}; to score it again:\n"
-                       f"    python train.py --eval_only {flag}")
-            return
-        for line in description(run):
-            run.notice(line)
-        compile_model(run)  # before the folder is taken: if it fails, nothing old was touched
-        run.folder.replaces = mode == "overwrite"
-        if run.is_main:
-            run.folder.take(run)
-        with run.stop:
-            try:
-                train(run)
-                finish(run)
-            except Stopped as stopped:
-                if is_finished(run.config, run.state):
-                    run.notice(f"not scored; to score it:\n    python train.py --eval_only {flag}")
-                else:
-                    save_checkpoint(run)
-                    run.notice(f"stopped at iteration {run.state.iteration:,}; to go on:\n"
-                               f"    {run.ranks.command} --resume {flag}")
-                sys.exit(128 + stopped.args[0])  # as a shell reports a signal
-        if run.is_main:
-            tell_story(run)
+        run = new_run(folder, overrides)
+    check_ranks_agree(run)
+    flag = f"--out_dir {shlex.quote(run.config.out_dir)}"
+    if is_finished(run.config, run.state):
+        notice(f"the run in {folder.path} is finished, at iteration {run.state.iteration:,}; "
+               f"to score it again:\n    python train.py --eval_only {flag}")
+        return run.ranks.leave()
+    for line in description(run):
+        notice(line)
+    compile_model(run)  # before the folder is taken: if it fails, nothing old was touched
+    if run.is_main:
+        folder.take(run)
+    with run.stop:
+        try:
+            train(run)
+            finish(run)
+        except Stopped as stopped:
+            run.stop.caught = stopped.args[0]  # by one rank at least
+            if is_finished(run.config, run.state):
+                notice(f"not scored; to score it:\n    python train.py --eval_only {flag}")
+            elif folder.replaces:
+                notice(f"stopped before the first checkpoint: the old run in {folder.path} stands")
+            else:
+                save_checkpoint(run)
+                notice(f"stopped at iteration {run.state.iteration:,}; to go on:\n"
+                       f"    {run.ranks.command} --resume {flag}")
+    if run.is_main and not run.stop.caught:
+        tell_story(run)
+    run.ranks.leave()
+    if run.stop.caught:
+        sys.exit(128 + run.stop.caught)  # as a shell reports a signal
 
 
 def parse_command_line(argv: list[str]) -> tuple[dict, str]:
@@ -147,25 +149,26 @@ def folder_of(overrides: dict) -> Path:
 # -------------------------------------------------------------------------------------- A new run
 
 
-def new_run(folder: "RunFolder", overrides: dict, mode: str) -> "Run":
-    """A run at its beginning, with first weights as the config says or those of --init_from.
+def new_run(folder: "RunFolder", overrides: dict) -> "Run":
+    """A run at its beginning. The model that it starts from, if any, is not kept in memory."""
+    config, source = new_config(folder, overrides)
+    run = open_run(config, overrides, source)
+    run.folder = folder
+    return run
 
-    UserError for what is impossible, and for a folder that holds another run, before anything is
-    made or lost.
+
+def new_config(folder: "RunFolder", overrides: dict) -> tuple[Config, gpt.GPT | None]:
+    """What a new run trains, and the model that it starts from, if any.
+
+    UserError for impossible settings, and for a folder that holds another run.
     """
-    config, source = new_config(folder, overrides, mode)
-    return open_run(config, overrides, source)
-
-
-def new_config(folder: "RunFolder", overrides: dict, mode: str) -> tuple[Config, gpt.GPT | None]:
-    """What a new run trains, and the model that it starts from, if any."""
-    folder.refuse_old_run(mode)
+    folder.refuse_old_run()
     defaults = Config.from_preset(overrides.get("preset"))
     init_from = overrides.get("init_from", defaults.init_from)
     source = load_source(init_from) if init_from else None
     taken = architecture(source.config, overrides) if source else {}
     config = Config.from_preset(**overrides | taken)
-    if mode == "resume":
+    if folder.mode == "resume":
         others = ", ".join(str(other.parent) for other in sorted(Path("out").glob("*/ckpt.pt")))
         notice(f"there is no {folder.ckpt} yet: starting from the beginning"
                + (f" (runs to resume: {others})" if others else ""))
@@ -199,42 +202,32 @@ def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
     UserError if the device or the data is not there, or not what was asked for.
     """
     ranks = Ranks(prepare_device(config))
-    with ranks.named_in_errors():
-        if config.tensorboard:
-            import_tensorboard()  # fails here if it does not work
-        found = Path(config.data_dir, "meta.json").exists()
-        if not found and not resumed:
-            prepare_missing(config, overrides, ranks)
-        meta = open_data(config, overrides)
-        if found and not resumed and "dataset" in overrides:
-            data.check_unchanged(meta, config.data_dir)
-        config = dataclasses.replace(config, dataset=meta["dataset"])
-        if config.max_epochs is not None:
-            tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
-            length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
-            # Config checks its schedule only where max_epochs is None.
-            schedule = dataclasses.replace(config, max_iters=length, max_epochs=None)
-            config = dataclasses.replace(schedule, max_epochs=config.max_epochs)
-        return Run(config, meta, ranks, source)
-
-
-def prepare_missing(config: Config, overrides: dict, ranks: "Ranks") -> None:
-    """Prepares the data of a new run, unless it is not certain what belongs there."""
-    if "data_dir" in overrides and "dataset" not in overrides:
-        prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
-        guess = nearest(config.data_dir, prepared)
-        # `load_meta` says how to prepare it, or what is missing there.
-        notice(f"nothing prepared in {config.data_dir}{guess}")
-    elif ranks.size == 1:  # several processes would all do so at once
-        notice(f"no prepared data in {config.data_dir}: preparing {config.dataset}")
-        data.prepare(config.dataset, config.data_dir)
+    if config.tensorboard:
+        import_tensorboard()  # fails here if it does not work
+    found = Path(config.data_dir, "meta.json").exists()
+    if not found and not resumed:
+        # What belongs into a typed folder is not certain: `load_meta` says how to prepare it.
+        if "data_dir" in overrides and "dataset" not in overrides:
+            prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
+            notice(f"nothing prepared in {config.data_dir}{nearest(config.data_dir, prepared)}")
+        elif ranks.size == 1:  # several processes would all prepare it at once
+            notice(f"no prepared data in {config.data_dir}: preparing {config.dataset}")
+            data.prepare(config.dataset, config.data_dir)
+    meta = open_data(config, overrides)
+    if found and not resumed and "dataset" in overrides:
+        data.check_unchanged(meta, config.data_dir)
+    config = dataclasses.replace(config, dataset=meta["dataset"])
+    if config.max_epochs is not None:
+        tokens = config.max_epochs * meta["splits"]["train"]["tokens"]
+        length = max(math.ceil(tokens / config.tokens_per_iteration), 1)
+        # Config checks its schedule only where max_epochs is None.
+        schedule = dataclasses.replace(config, max_iters=length, max_epochs=None)
+        config = dataclasses.replace(schedule, max_epochs=config.max_epochs)
+    return Run(config, meta, ranks, source)
 
 
 def prepare_device(config: Config) -> torch.device:
-    """The device of a run, with the memory allocator set up for training.
-
-    UserError if the config asks for what is not there.
-    """
+    """The device of a run, its allocator set up for training. UserError if it is not there."""
     if config.vocab_size != data.END_OF_TEXT + 1:
         raise UserError(f"vocab_size {config.vocab_size} is not that of GPT-2's tokenizer, 50257")
     device = gpt.pick_device(config.device)
@@ -260,9 +253,10 @@ def open_data(config: Config, overrides: dict) -> dict:
                         "or leave --dataset out")
     for name, split in meta["splits"].items():
         if split["tokens"] <= config.block_size:
+            hint = " (prepare_data.py has --val_fraction)" if name == "val" else ""
             raise UserError(f"the {name} split in {folder} has {split['tokens']} tokens: "
                             f"block_size {config.block_size} needs {config.block_size + 1}; "
-                            "prepare more stories, or with a larger --val_fraction")
+                            f"prepare more stories for it{hint}")
     return meta
 
 
@@ -277,8 +271,7 @@ def check_ranks_agree(run: "Run") -> None:
 
 
 def compile_model(run: "Run") -> None:
-    """Compiles the model and tries it on one micro-batch: a step's forward and backward pass, and
-    an evaluation's forward pass.
+    """Compiles the model and tries it on one micro-batch, as a step and as an evaluation do.
 
     If that fails on any rank, the run goes on uncompiled on all; with --compile true: UserError.
     """
@@ -290,7 +283,7 @@ def compile_model(run: "Run") -> None:
     rows = len(run.ranks.share(sequences)[: config.micro_batch_size]) or 1
     ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=run.device)
     run.compiled_shape = ids.shape
-    run.notice("compiling, about 30 s")
+    notice("compiling, about 30 s")
     try:
         run.model.compile_parts()
         with run.arithmetic():
@@ -304,13 +297,12 @@ def compile_model(run: "Run") -> None:
     except Exception as error:  # anything: the compiler, its headers, its cache, the GPU
         problem = f"{type(error).__name__}: {one_line(error)}"[:150]
     run.model.train()
-    problems = [text for text in run.ranks.gather(problem) if text]
-    if problems and config.compile == "true":
-        raise UserError(f"compile true does not work here ({problems[0]}): use --compile false or "
-                        "auto")
-    if problems:
+    problem = max(run.ranks.gather(problem))  # one that is not empty, if any is not
+    if problem and config.compile == "true":
+        raise UserError(f"compile true does not work here ({problem}): use --compile false or auto")
+    if problem:
         run.compiled_shape = None
-        run.notice(f"not compiled, since torch.compile does not work here: {problems[0]}")
+        notice(f"not compiled, since torch.compile does not work here: {problem}")
 
 
 def description(run: "Run") -> list[str]:
@@ -318,15 +310,17 @@ def description(run: "Run") -> list[str]:
     config, tokens = run.config, len(run.tokens["train"])
     length = config.max_iters * config.tokens_per_iteration
     steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
+    in_steps = "one step" if steps == 1 else f"{steps:,} steps"
     size = min(config.tokens_per_iteration * config.gradient_accumulation_steps, length)
+    total = f"{length / 1e6:.1f} M" if length > 1e6 else f"{length:,}"
+    if config.max_epochs or length > tokens:
+        total += f", {length / tokens:.2f} epochs"
     changes = ", ".join(f"{name} {value}" for name, value in differences(config).items())
     lines = [
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
         f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         f"{config.data_dir}: {tokens:,} training tokens",
-        f"{config.max_iters:,} iterations in {steps:,} steps of {size:,} tokens: "
-        + (f"{length / 1e6:.1f} M" if length > 1e6 else f"{length:,}")
-        + (f", {length / tokens:.2f} epochs" if config.max_epochs or length > tokens else ""),
+        f"{config.max_iters:,} iterations in {in_steps} of {size:,} tokens: {total}",
         f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; batch_size "
         f"{config.batch_size}; seed {config.seed}",
     ]
@@ -338,8 +332,8 @@ def description(run: "Run") -> list[str]:
         lines.append(f"warning: the warmup of {config.warmup:,} iterations is not shorter than the "
                      f"run:\n    the rate only reaches {last:.2g}")
     elif config.decay_iters > config.max_iters:
-        lines.append(f"the decay would end at iteration {config.decay_iters:,}, after the run: the "
-                     f"rate\n    only reaches {last:.2g}")
+        lines.append(f"the decay would end at iteration {config.decay_iters:,}, after the run:\n"
+                     f"    the rate only reaches {last:.2g}")
     if length > MANY_EPOCHS * tokens:
         lines.append(f"warning: every story is read {length / tokens:,.0f} times. Against "
                      "overfitting: fewer\n    iterations, --dropout 0.1, or --init_from a trained "
@@ -378,7 +372,8 @@ def resumed_run(folder: "RunFolder", overrides: dict) -> "Run":
 
     UserError if the overrides would change what was learnt so far, or the data has changed.
     """
-    checkpoint = folder.read_checkpoint()
+    folder.read_at = folder.ckpt.stat().st_mtime_ns  # before it is read: `take` looks again
+    checkpoint = gpt.load_file(folder.ckpt)
     old = gpt.config_of(checkpoint, folder.ckpt)
     config = changed_config(old, overrides, folder)
     if not Path(config.data_dir, "meta.json").exists():
@@ -391,9 +386,10 @@ def resumed_run(folder: "RunFolder", overrides: dict) -> "Run":
                         f"this model (--init_from {folder.ckpt} and another --out_dir)")
     run.folder = folder
     restore(run, checkpoint)
-    then, now = schedule_of(old), schedule_of(run.config)
+    then, now = (f"warmup {config.warmup} and decay until iteration {config.decay_iters}"
+                 for config in (old, run.config))
     if then != now:
-        run.notice(f"warning: the learning rate's schedule changes: {now}, not {then}")
+        notice(f"warning: the learning rate's schedule changes: {now}, not {then}")
     return run
 
 
@@ -412,15 +408,9 @@ def changed_config(old: Config, overrides: dict, folder: "RunFolder") -> Config:
     return dataclasses.replace(old, **changes)
 
 
-def schedule_of(config: Config) -> str:
-    return f"warmup {config.warmup} and decay until iteration {config.decay_iters}"
-
-
 def save_checkpoint(run: "Run", row: Row | None = None) -> None:
-    """Writes ckpt.pt: all it takes to go on from here. Every rank waits until it is there.
-
-    After an evaluation, its `row` joins the log; log.csv and, if the row is the best so far,
-    model.pt are written too.
+    """Writes ckpt.pt, all it takes to go on from here, and the log, which an evaluation's `row`
+    joins; if that is the best so far, model.pt too. Every rank waits until they are there.
     """
     run.check_gradients()
     if row:
@@ -454,50 +444,58 @@ def restore(run: "Run", checkpoint: dict) -> None:
         raise UserError(f"{run.folder.ckpt} does not hold a run of this version "
                         f"({one_line(problem)[:80]}): name another --out_dir") from None
     if run.is_main:
-        run.folder.read_best_loss(run.state.log)
+        # Where model.pt is missing, damaged or another run's, the next evaluation's weights are it.
+        with contextlib.suppress(UserError, OSError):
+            loss = gpt.load_file(run.folder.model).get("val_loss")
+            if any(row["val_loss"] == loss for row in run.state.log):
+                run.folder.best_loss = loss
 
 
 class RunFolder:
     """out_dir and what a run keeps there: ckpt.pt, model.pt, log.csv, run.json, and its lock."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, mode: str = ""):
+        self.path, self.mode = path, mode
         self.ckpt, self.model = path / "ckpt.pt", path / "model.pt"
         self.log, self.record = path / "log.csv", path / "run.json"
         self.lock: int | None = None  # holds the folder for this process until it ends
         self.read_at: int | None = None  # when the checkpoint that was read had been written
-        self.replaces = False  # whether an old run is still there, which --overwrite drops
+        # Whether an old run is still there, which --overwrite drops.
+        self.replaces = mode == "overwrite" and any(file.exists() for file in self.files())
         self.saved_at = time.monotonic()  # when the last checkpoint was written
         self.best_loss = math.inf  # the validation loss of this run's model.pt
 
-    def refuse_old_run(self, mode: str) -> None:
-        """UserError if the folder holds what a new run would replace unasked."""
+    def files(self) -> tuple[Path, ...]:
+        return self.ckpt, self.model, self.log
+
+    def refuse_old_run(self) -> None:
+        """UserError if the folder cannot be one, or holds what a new run would replace unasked."""
         for path in (self.path, *self.path.parents):
             if path.exists() and not path.is_dir():
                 raise UserError(f"{self.path} cannot be a folder: {path} is a file")
-        if mode == "resume" and self.model.exists():
+        if self.mode == "resume" and self.ckpt.exists():
+            raise UserError(f"another train.py has just begun in {self.path}: type this again")
+        if self.mode == "resume" and self.model.exists():
             raise UserError(f"there is no {self.ckpt} to go on from, but a trained {self.model}: "
                             "name another --out_dir, or drop it by --overwrite instead of --resume")
-        for file in (self.ckpt, self.model, self.log):
-            if file.exists() and not mode:
+        for file in self.files():
+            if file.exists() and not self.mode:
                 go_on = "--resume to go on with it, " if self.ckpt.exists() else ""
                 raise UserError(f"{file} is there already: add {go_on}--overwrite to drop it, or "
                                 "name another --out_dir")
 
-    def read_checkpoint(self) -> dict:
-        self.read_at = self.ckpt.stat().st_mtime_ns  # before it is read: `take` looks again
-        return gpt.load_file(self.ckpt)
-
     def take(self, run: "Run") -> None:
         """Makes the folder, holds it until the process ends, and writes run.json.
 
-        UserError if another process does, or has saved a newer checkpoint since ours was read.
+        UserError if another process does, or has changed its files since we looked at them.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.path)
         if self.lock is None:
             raise UserError(f"another train.py is at work in {self.path}: name another --out_dir")
-        if self.read_at and self.read_at != self.ckpt.stat().st_mtime_ns:
+        if self.read_at is None:
+            self.refuse_old_run()
+        elif self.read_at != self.ckpt.stat().st_mtime_ns:
             raise UserError(f"the run in {self.path} was still saving: type the same command again")
         if not self.replaces:
             self.write_record(run)
@@ -520,21 +518,16 @@ class RunFolder:
             self.best_loss = row["val_loss"]
         try:
             if run.state.log:
-                write_log(self.log, run.state.log)
+                lines = [",".join(run.state.log[0])]
+                lines += [",".join(f"{value:.10g}" for value in row.values())
+                          for row in run.state.log]
+                with atomic_write(self.log) as partial:
+                    partial.write_text("\n".join(lines) + "\n")
             self.write_record(run)
         except OSError as problem:  # a spreadsheet has it open, say: the checkpoint holds it all
             notice(f"log.csv or run.json is not written: {problem.strerror}")
         if row:
             gpt.save_file(self.ckpt, run.config, run.model, **content)
-
-    def read_best_loss(self, log: list[Row]) -> None:
-        """Finds out how good model.pt is. If it is missing, damaged or from another run, the next
-        evaluation replaces it.
-        """
-        with contextlib.suppress(UserError, OSError):
-            loss = gpt.load_file(self.model).get("val_loss")
-            if any(row["val_loss"] == loss for row in log):
-                self.best_loss = loss
 
     def write_record(self, run: "Run", final: Row | None = None) -> None:
         """run.json: what this run is and how far it has come, for people and plots.loss_curve."""
@@ -550,28 +543,17 @@ class RunFolder:
             partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def write_log(path: Path, log: list[Row]) -> None:
-    lines = [",".join(log[0])]
-    lines += [",".join(f"{value:.10g}" for value in row.values()) for row in log]
-    with atomic_write(path) as partial:
-        partial.write_text("\n".join(lines) + "\n")
-
-
 def hashes(meta: dict) -> dict[str, str]:
     return {name: split["sha256"] for name, split in meta["splits"].items()}
 
 
 def versions_of(device: torch.device) -> dict:
-    """What a run is made with."""
-    def git(*words: str) -> str:
-        command = ["git", "-C", Path(__file__).parent, *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
+    """What a run is made with. The commit of an edited tree ends in -dirty."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
     with contextlib.suppress(OSError):  # there is no git
-        commit = git("rev-parse", "HEAD") or None
-        if commit and git("status", "--porcelain", "--untracked-files=no"):
-            commit += "-dirty"
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     return dict(python=platform.python_version(), pytorch=torch.__version__,
                 device=device_name(device), commit=commit)
 
@@ -598,9 +580,10 @@ class Ranks:
             if not 0 <= self.rank < self.size:  # they would wait for each other for ten minutes
                 raise ValueError(f"RANK {self.rank} does not fit WORLD_SIZE {self.size}")
             self.command = f"torchrun --standalone --nproc_per_node={self.size} train.py"
+            if os.environ.get("LOCAL_WORLD_SIZE", values[1]) != values[1]:  # several machines
+                self.command = "torchrun (as before) train.py"
             if device.type == "cuda":
-                with self.named_in_errors():
-                    self.device = gpt.pick_device(f"cuda:{local}")
+                self.device = gpt.pick_device(f"cuda:{local}")
                 torch.cuda.set_device(self.device)
             # On GPUs the gradients go through NCCL; what the processes tell each other, Gloo.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -609,25 +592,17 @@ class Ranks:
             raise UserError(f"the ranks cannot meet ({one_line(problem)[:80]}): start with "
                             f"torchrun, or unset {', '.join(names)}") from None
 
-    @contextlib.contextmanager
-    def named_in_errors(self) -> Iterator[None]:
-        """Of several ranks, the one that has a UserError names itself in it.
-
-        `cli` prints an error that names no rank, being the same on all, only once.
-        """
-        try:
-            yield
-        except UserError as problem:
-            if self.size == 1 or str(problem).startswith("rank "):
-                raise
-            raise UserError(f"rank {self.rank}: {problem}") from problem
+    def leave(self) -> None:
+        """At the end of every run: Gloo's threads may crash a process that ends with them."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def share(self, items: np.ndarray) -> np.ndarray:
-        """This rank's part of the items, as even as can be; some get none if they are few."""
+        """This rank's part of the items. All parts are about as large; some may be empty."""
         return np.array_split(items, self.size)[self.rank]
 
     def together(self, collective: Callable[..., Any], *args: Any) -> None:
-        """Calls it once all ranks have come here. UserError if one of them has gone."""
+        """Calls what all ranks have to call. UserError if one of them has gone."""
         if self.size > 1:
             try:
                 collective(*args)
@@ -640,7 +615,7 @@ class Ranks:
         self.gather(None)
 
     def gather(self, fact: Any) -> list[Any]:
-        """Every rank's fact, for all of them."""
+        """The facts of all ranks, in their order, on every rank."""
         facts = [fact] * self.size
         self.together(dist.all_gather_object, facts, fact)
         return facts
@@ -663,11 +638,11 @@ class Ranks:
 
 
 class Stopped(Exception):
-    """A signal, whose number it holds: what was begun is dropped, the last whole step stands."""
+    """Raised where a signal, whose number it holds, ends a run: the last whole step stands."""
 
 
 class StopSignal:
-    """Within `with stop:` a signal is a wish to stop, which is noted. A second one ends the process
+    """Within `with stop:` a signal is noted, and `check` acts on it. A second one ends the process
     at once, but not within two seconds: one Ctrl-C under torchrun, or a closed terminal, sends two.
     """
 
@@ -758,8 +733,8 @@ class Optimizer(torch.optim.AdamW):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrices (N, rows, columns) with nearly all singular values brought to 0.7 to 1.2.
 
-    By a Newton-Schulz iteration with a polynomial that is fast at this (Jordan et al., 2024):
-    products only, in `dtype`. Four rounds train as well as the usual five.
+    By a Newton-Schulz iteration with the polynomial of Jordan et al. (2024): products only, in
+    `dtype`. Four rounds train as well as the usual five.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # so that x @ x.mT is the smaller square
@@ -772,11 +747,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Optimizer:
-    """Parameters in groups that are stepped alike.
-
-    `matrix_optimizer` steps the matrices of the blocks, AdamW (Loshchilov and Hutter, 2019) all
-    others. Matrices and embeddings decay, biases and LayerNorms do not. A group's `lr_mult` is its
-    rate as a multiple of the learning rate.
+    """`matrix_optimizer` steps the matrices of the blocks, AdamW (Loshchilov and Hutter, 2019) all
+    others. Biases and LayerNorms do not decay. A group's rate is `lr_mult` times the learning rate.
     """
     groups: dict[Any, dict] = {}
     for name, p in model.named_parameters():
@@ -804,9 +776,8 @@ def make_optimizer(model: gpt.GPT, config: Config, dtype: torch.dtype) -> Optimi
 
 @dataclasses.dataclass
 class State:
-    """Where a run is, apart from weights and optimizer: what a checkpoint holds besides them.
-
-    Tensors stay on the device until they are shown, since to read one the CPU waits for the GPU.
+    """What a checkpoint holds besides weights and optimizer. Tensors stay on the device until they
+    are shown, since to read one the CPU waits for the GPU.
     """
 
     iteration: int = 0
@@ -822,18 +793,11 @@ class State:
         return min(self.log, key=lambda row: row["val_loss"], default=None)
 
 
-def step_end(config: Config, iteration: int) -> int:
-    """The iteration at which the step that holds `iteration` ends."""
-    size = config.gradient_accumulation_steps
-    return min((iteration // size + 1) * size, config.max_iters)
-
-
 def evaluation_points(config: Config) -> dict[int, int]:
     """Where evaluations fall, {step boundary: the iteration the evaluation is named after}.
 
-    Weights change only at steps, so the evaluation at iteration 500 scores them as the last
-    whole step before it (32 x 15 = 480) left them. There is none before training, and always
-    one at the end; where two fall on one boundary, the first counts.
+    Weights change only at steps: the evaluation at iteration 500 scores those of the last whole
+    step before it (32 x 15 = 480). Where two fall on one boundary, the first counts.
     """
     points: dict[int, int] = {}
     for iteration in range(config.eval_interval, config.max_iters, config.eval_interval):
@@ -857,10 +821,9 @@ def is_finished(config: Config, state: State) -> bool:
 
 
 def learning_rate_at(config: Config, iteration: int) -> float:
-    """The learning rate of an iteration, counted from 0: linear warmup, then the decay.
+    """The learning rate of an iteration, counted from 0: linear warmup, then the decay to min_lr.
 
-    The cosine is PyTorch's SequentialLR of LinearLR and CosineAnnealingLR (Loshchilov and
-    Hutter, 2017, equation 5) in closed form. min_lr from decay_iters on.
+    The cosine is that of Loshchilov and Hutter (2017), equation 5, as in PyTorch's schedulers.
     """
     if iteration < config.warmup:
         start = config.warmup_start_factor
@@ -875,11 +838,11 @@ def learning_rate_at(config: Config, iteration: int) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * share
 
 
-CROPS, DROPOUT, WEIGHTS = range(3)  # what a random number is for: the first number of its place
+CROPS, DROPOUT, WEIGHTS = range(3)  # what randomness is used for: the first number of a place
 
 
 def seed_sequence(seed: int, *place: int) -> np.random.SeedSequence:
-    """Randomness for one place in the run; neither seeds nor places overlap."""
+    """The randomness of a place, as (CROPS, iteration). Neither seeds nor places overlap."""
     return np.random.SeedSequence(seed, spawn_key=place)
 
 
@@ -921,9 +884,8 @@ def micro_batches(config: Config, starts: np.ndarray) -> list[np.ndarray]:
     return [starts[i : i + size] for i in range(0, len(starts), size)]
 
 
-def read_batch(
-    tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def read_batch(tokens: np.ndarray, starts: np.ndarray, block_size: int,
+               device: torch.device) -> tuple[Tensor, Tensor]:
     """The windows at `starts`, and the same one token later: ids (B, block_size) on the device.
 
     To a GPU the copy is asynchronous (from pinned memory), as is everything launched after it:
@@ -970,25 +932,28 @@ class Run:
         """How long the run has taken, in this process and those before it."""
         return self.state.seconds + time.monotonic() - self.started
 
-    def notice(self, line: str) -> None:
-        """A line for the person at the terminal, from one rank only."""
-        if self.is_main:
-            notice(line)
-
     def fail(self, reason: str) -> NoReturn:
         """UserError with what can be done about a run that has diverged."""
-        config, lower = self.config, self.config.learning_rate / 3
-        advice = f"train with a lower learning rate (--learning_rate {lower:.2g})"
-        if self.folder.ckpt.exists() and not self.folder.replaces:
-            words = ["--preset", config.preset, "--data_dir", config.data_dir, "--init_from",
-                     str(self.folder.ckpt), "--learning_rate", f"{lower:.2g}", "--out_dir",
-                     f"{config.out_dir}_lower"]
-            advice = f"go on from the last good weights: {self.ranks.command} {shlex.join(words)}"
-        raise UserError(f"{reason}: {advice}")
+        config, folder = self.config, self.folder
+        lower = {name: f"{getattr(config, name) / 3:.2g}" for name in ("learning_rate", "min_lr")}
+        there = [file for file in (folder.model, folder.ckpt) if file.exists()]
+        if folder.replaces or not there:
+            raise UserError(f"{reason}: train with a lower rate, as --learning_rate "
+                            f"{lower['learning_rate']} --min_lr {lower['min_lr']}")
+        # The model brings its architecture along; the other settings that were typed stay.
+        flags = {"preset": config.preset, "data_dir": config.data_dir, **differences(config)}
+        flags |= {"init_from": there[0], "out_dir": f"{config.out_dir}_lower", **lower}
+        words = []
+        for name, value in flags.items():
+            if name not in (*ARCHITECTURE, "block_size"):
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+                words += [f"--{name}", text]
+        raise UserError(f"{reason}: go on from the best weights at a lower rate: "
+                        f"{self.ranks.command} {shlex.join(words)}")
 
     def check_gradients(self) -> None:
-        """UserError if no step gets through any more. To read the count, the CPU waits for a GPU:
-        so it is looked at every tenth step and before a checkpoint, on all ranks alike.
+        """UserError if no step gets through any more. The CPU waits for a GPU to read the count, so
+        this is called every tenth step and before a checkpoint, on all ranks alike.
         """
         if self.state.most_skipped_in_a_row >= MAX_SKIPPED:
             self.fail(f"the gradient was not finite in {MAX_SKIPPED} steps in a row")
@@ -1030,7 +995,8 @@ class Run:
         Raises Stopped, with no weight changed, if a signal comes first.
         """
         config, tokens = self.config, self.tokens["train"]
-        begin, end = self.state.iteration, step_end(self.config, self.state.iteration)
+        begin, size = self.state.iteration, config.gradient_accumulation_steps
+        end = min((begin // size + 1) * size, config.max_iters)
         # Which sequences: a function of the seed and the iteration, the same on every rank.
         starts = np.concatenate([crop_starts(config, i, len(tokens)) for i in range(begin, end)])
         # Forward, loss, backward: gradients of the micro-batches add up to that of the mean loss.
@@ -1152,7 +1118,7 @@ class Progress:
     def close(self) -> None:
         self.bar.close()
         if self.events:
-            self.events.close()
+            self.events.writer.close()
 
     def begin_lap(self) -> None:
         """Begins to measure the speed from here on."""
@@ -1201,7 +1167,6 @@ class Events:
     def __init__(self, run: Run):
         last = run.state.log[-1]["iteration"] if run.state.log else 0
         self.writer = import_tensorboard()(run.folder.path, purge_step=last + 1)
-        self.close = self.writer.close
 
     def add(self, row: Row) -> None:
         with contextlib.suppress(OSError):  # a full disk, say: log.csv will tell
@@ -1219,17 +1184,14 @@ def import_tensorboard() -> Any:
 
 
 class Plot:
-    """The picture of a run's losses, and of its learning rate as it was and as it is planned.
-
-    A picture that cannot be drawn never ends a run: one notice says so.
-    """
+    """The picture of a run's losses, and of its learning rate as it was and as it is planned."""
 
     def __init__(self, config: Config):
         self.config, self.drawn_at, self.failed = config, time.monotonic(), False
         self.path = Path(config.plot_dir) / f"{picture_name(Path(config.out_dir))}.png"
 
     def draw(self, log: list[Row]) -> bool:
-        """Whether it has been drawn."""
+        """Whether it has been drawn. If not, one notice says so, and the run goes on."""
         config, self.drawn_at = self.config, time.monotonic()
         last = log[-1]["iteration"] if log else config.max_iters
         planned = [(i, learning_rate_at(config, i)) for i in range(0, last, last // 500 + 1)]
@@ -1254,21 +1216,19 @@ def finish(run: Run) -> None:
     best = gpt.load_file(path)
     gpt.load_weights(run.model, best["model"], path)
     drawn = run.is_main and run.plot.draw(run.state.log)
-    run.notice(f"wrote {path} (the best weights, iteration {best['iteration']:,})"
+    notice(f"wrote {path} (the best weights, iteration {best['iteration']:,})"
                + (f" and {run.plot.path}" if drawn else ""))
     # A forward pass is a third of an iteration: with a fifth of the tokens, 7 % of the time.
     tokens = run.state.iteration * config.tokens_per_iteration
     final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])], most=tokens // 5)
-    run.notice(in_words(final))
+    notice(in_words(final))
     if run.is_main:
         run.folder.write_record(run, final)
 
 
 def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.maxsize) -> dict:
-    """The loss over a text, every token but the first predicted once; with `most`, over about that
-    many tokens of it, in evenly spaced windows.
-
-    The text comes in batches: ids, and how many `tokens` and UTF-8 `bytes` these are.
+    """The loss over a text, every token but the first predicted once, or over evenly spaced windows
+    of about `most` tokens. The text comes in batches: ids, and their `tokens` and UTF-8 `bytes`.
     """
     size, counts = run.config.block_size, Counter()
     total, scored, rest = 0.0, 0, np.array([], dtype=np.uint16)
@@ -1289,11 +1249,7 @@ def score(run: Run, text: Iterable[tuple[np.ndarray, dict]], most: int = sys.max
         scored += len(rest) - 1
     if not scored:
         raise UserError("there is no text to score")
-    return measures(total / scored, scored, counts)
-
-
-def measures(loss: float, scored: int, counts: dict) -> dict:
-    """What run.json says of a loss over so many tokens of a text."""
+    loss = total / scored
     perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
     return dict(val_loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte(loss, counts),
                 tokens_scored=scored, tokens=counts["tokens"])
@@ -1321,15 +1277,14 @@ def tell_story(run: Run) -> None:
 
 
 def score_only(overrides: dict) -> None:
-    """--eval_only: a model's score on stdout. Writes nothing: its run may be going on.
-
-    The whole validation split of prepared data, or all stories of a text that --dataset names.
+    """--eval_only: a model's score on stdout, on the whole validation split of prepared data or on
+    all of a text that --dataset names. Writes nothing: its run may be going on.
     """
     path = overrides.get("init_from") or str(folder_of(overrides) / "model.pt")
     if "init_from" not in overrides and not Path(path).is_file():
         raise UserError(f"there is no {path} to score: name its --out_dir, or --init_from a model")
     source = load_source(path)
-    # The run's own settings and data, but the device at hand; what is typed wins.
+    # The model's own settings and data, but the device at hand; what is typed wins.
     fresh = dict(device="auto", dtype="auto", device_batch_size=None)
     if "init_from" in overrides and "preset" in overrides:  # the preset says which data
         preset = Config.from_preset(overrides["preset"])
@@ -1339,17 +1294,20 @@ def score_only(overrides: dict) -> None:
     changes = fresh | overrides | architecture(source.config, overrides)
     config = dataclasses.replace(source.config, **changes)
     ranks, text = Ranks(prepare_device(config)), overrides.get("dataset")
-    with ranks.named_in_errors():
-        if text and data.is_path(text) and "data_dir" not in overrides:
-            run, name = Run(config, {"splits": {}}, ranks, source), "loss"
-            final = score(run, data.stream_ids(text))
-        else:
-            text, name = f"the whole validation split of {config.data_dir}", "validation loss"
-            run = Run(config, open_data(config, overrides), ranks, source)
-            final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
-    run.notice(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
+    if text and data.is_path(text) and "data_dir" not in overrides:
+        run, name = Run(config, {"splits": {}}, ranks, source), "loss"
+        separator = data.separator_of(source.config.data_dir)
+        if separator != data.SEPARATOR:
+            notice(f"{separator!r} separates stories too, as in {source.config.data_dir}")
+        final = score(run, data.stream_ids(text, separator))
+    else:
+        text, name = f"the whole validation split of {config.data_dir}", "validation loss"
+        run = Run(config, open_data(config, overrides), ranks, source)
+        final = score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
+    notice(f"{path} on {text} ({final['tokens']:,} tokens), {config.block_size} at once:")
     if run.is_main:
         print(in_words(final, name))
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         model, path = read_model(path)
         facts = load_file(Path(path)) if Path(path).is_file() else {}
         shares = category_shares(choices(model.to(device), path))
-        header.append(label or model.config.preset)
+        header.append(label or (model.config.preset if facts else Path(path).name))
         cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
         tokens, loss = (facts.get(fact, math.nan) for fact in ("tokens", "val_loss"))
         cells += [text.replace("nan", "-") for text in (f"{tokens:,.0f}", f"{loss:.4f}")]

@@ -206,7 +206,7 @@ def new_run(config: Config, checkpoint: dict | None = None, **options: Any) -> t
 
 def new_config(overrides: dict, mode: str = "") -> tuple[Config, Any]:
     """What train.py would train, and the model it would start from."""
-    return train.new_config(train.RunFolder(train.folder_of(overrides)), overrides, mode)
+    return train.new_config(train.RunFolder(train.folder_of(overrides), mode), overrides)
 
 
 def save(run: train.Run, label: int = 0) -> dict[str, float] | None:

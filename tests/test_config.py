@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, edit_config, new_config, run_script
 
 import model
+import prepare_data
 import sample
 import train
 
@@ -143,9 +144,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert sample.parse_command_line(["--checkpoint=~/m.pt"]).checkpoint == f"{tmp_path}/m.pt"
 
 
-def test_a_prompt_that_begins_with_a_dash_is_told_how_to_be_typed():
-    assert "--prompt=-Pip" in conftest.refusal(sample.parse_command_line, ["--prompt", "-Pip"])
+def test_a_value_that_begins_with_a_dash_is_told_how_to_be_typed():
+    assert "--prompt=-X" in conftest.refusal(sample.parse_command_line, ["--prompt", "-Pip"])
     assert sample.parse_command_line(["--prompt=-Pip"]).prompt == "-Pip"
+    assert "--separator=-X" in conftest.refusal(prepare_data.main, ["--separator", "---"])
 
 
 IMPOSSIBLE = {
@@ -371,6 +373,7 @@ HEADS = 'n_head: int = setting(6, "attention heads in each block", low=1)'
 EDITS = {  # an edit by hand, and what `train.py --help` or an error says of it
     "a plain value": (HEADS, "n_head: int = 8", "--n_head N"),
     "a field of one's own": (HEADS, f"{HEADS}\n    note: float = 0.5", "--note X"),
+    "an own text, empty": (HEADS, f"{HEADS}\n    note: str = ''", "--note NOTE"),
     "an own field, or None": (HEADS, f"{HEADS}\n    note: str | None = None", "--note NOTE"),
     "a comma too many": (HEADS, f"{HEADS},", "n_head (Field"),
     "a value of another type": (HEADS, 'n_head: int = "8"', "n_head '8'"),
@@ -539,3 +542,11 @@ def test_atomic_write_gives_the_permissions_of_an_ordinary_file(tmp_path, umask,
     finally:
         assert os.umask(before) == umask  # and it leaves the umask as it was
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_a_lock_removes_the_unfinished_files_of_ours_and_no_others(tmp_path):
+    ours, others = ".ckpt.pt.0a1b2c3d.partial", [".ckpt.pt.partial", "my.partial", ".my.x.partial"]
+    for name in (ours, *others):
+        (tmp_path / name).touch()
+    os.close(config_module.lock_folder(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(others)

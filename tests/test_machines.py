@@ -260,22 +260,6 @@ def test_the_files_of_a_run_that_overwrites_and_those_of_the_old_run_do_not_mix(
     assert files_in(again) == ["ckpt.pt", "log.csv", "model.pt", "run.json"]
 
 
-def test_an_overwriting_run_stopped_before_its_first_evaluation_leaves_no_model_of_the_old_one(
-    finished, data, tmp_path, monkeypatch
-):
-    out, real = copy_of(finished, tmp_path), train.Run.step
-
-    def step(run: train.Run) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        real(run)
-
-    monkeypatch.setattr(train.Run, "step", step)
-    with pytest.raises(SystemExit):
-        run_short(data, tmp_path, "--overwrite", out_dir=out)
-    assert files_in(out) == ["ckpt.pt", "run.json"]
-    assert gpt.load_file(out / "ckpt.pt")["state"]["iteration"] == 0
-
-
 def test_a_trained_model_without_its_checkpoint_is_not_replaced_by_a_resume(
     finished, data, tmp_path
 ):

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal, snapshot
+from conftest import files_in, refusal, snapshot
 
 import prepare_data
 from prepare_data import prepare
@@ -752,6 +752,20 @@ def test_a_text_that_changes_while_it_is_read_or_later(change, changing, tmp_pat
         assert new["settings"][name] == meta["settings"][name]
 
 
+def test_a_text_that_is_gone_once_it_was_read_is_refused(changing, tmp_path, monkeypatch):
+    dataset, val = changing
+    write = prepare_data.write_split
+
+    def write_and_lose(split, *args):
+        entry = write(split, *args)
+        Path(val).unlink(missing_ok=True)
+        return entry
+
+    monkeypatch.setattr(prepare_data, "write_split", write_and_lose)
+    assert f"{val} changed while it was read" in refusal(prepare, dataset, tmp_path / "out", val)
+    assert files_in(tmp_path / "out") == []
+
+
 def test_what_is_gone_or_was_never_here_is_not_compared(changing, tmp_path):
     dataset, val = changing
     meta = prepare(dataset, tmp_path / "out", val)
@@ -1079,6 +1093,11 @@ def test_folders_that_are_something_else(tmp_path, check_refused):
     prepare(str(write_txt(tmp_path / "in.txt", STORIES)), tmp_path / "mine", val_fraction=0.5)
     check_refused("--dataset", tmp_path / "mine",
                   words=f"mine is prepared already: `python train.py --data_dir {tmp_path}/mine`")
+    Path("data").mkdir()
+    shutil.move(tmp_path / "one", "data/one")  # where --data_dir would lie by default
+    shutil.move(tmp_path / "mine", "data/mine")
+    assert "was written by `save_to_disk`" in refusal(prepare, "data/one", "data/one")
+    assert "data/mine is prepared already" in refusal(prepare, "data/mine", "data/mine")
 
 
 def twice(folder):

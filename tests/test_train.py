@@ -13,6 +13,8 @@ import math
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ import model as gpt
 import train
 from model import GPT, load_file, load_model, save_file
 from plots import loss_curve
-from prepare_data import load_meta, tokenizer
+from prepare_data import load_meta, prepare, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "signals")
 
@@ -534,7 +536,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(d
     save(run, 6)
     files = snapshot(run.folder.path)
     run.model.transformer.ln_f.weight.data.fill_(math.nan)
-    assert "ckpt.pt" in refusal(save, run, 12)
+    assert "model.pt" in refusal(save, run, 12)
     assert snapshot(run.folder.path) == files
 
 
@@ -1122,9 +1124,10 @@ def test_run_json_is_there_from_the_start_and_a_resume_adds_to_it(
     assert record_of(again)["tokens"] == 4 * 64
 
 
-def test_a_loss_too_large_for_its_perplexity_is_json_all_the_same(data, tmp_path):
+def test_a_loss_too_large_for_its_perplexity_is_json_all_the_same(data, tmp_path, monkeypatch):
     run = new_run(tiny(data, tmp_path))
-    final = train.measures(1000.0, 1, run.meta["splits"]["val"])
+    monkeypatch.setattr(run, "mean_loss", lambda *_: 1000.0)
+    final = train.score(run, [(run.tokens["val"], run.meta["splits"]["val"])])
     run.folder.write_record(run, final)
     record = json.loads((run.folder.path / "run.json").read_text(), parse_constant=pytest.fail)
     assert record["final"]["perplexity"] is None
@@ -1299,7 +1302,7 @@ def test_a_schedule_that_cannot_happen_is_told_at_the_start(data, tmp_path, chan
 
 def test_steps_and_tokens_of_a_short_run_agree_and_many_epochs_are_told(data, tmp_path):
     short = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=2))))
-    assert "2 iterations in 1 steps of 128 tokens: 128" in short and "overfitting" not in short
+    assert "2 iterations in one step of 128 tokens: 128" in short and "overfitting" not in short
     size = len(tokens_of(data, "train"))
     long = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=size))))
     assert "is read 64 times" in long and "overfitting" in " ".join(long.split())
@@ -1317,14 +1320,21 @@ def test_a_streak_of_bad_gradients_that_has_ended_still_ends_the_run(data, tmp_p
     assert not run.folder.ckpt.exists()
 
 
-def test_a_diverged_run_is_told_a_command_that_works(finished, tmp_path):
+def test_a_diverged_run_is_told_a_command_that_works_and_keeps_its_settings(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     run = train.resumed_run(train.RunFolder(out), {"out_dir": str(out)})
     line = refusal(run.fail, "it diverged")
     [command] = re.findall(r"python train.py (.*)", line)
-    main(*shlex.split(command), max_iters=2, plot_dir=tmp_path, compile="false", eval_windows=2)
-    run.folder.replaces = True  # as with --overwrite: ckpt.pt is another run's
-    assert "ckpt.pt" not in refusal(run.fail, "it diverged")
+    typed = shlex.split(command)
+    config, source = new_config(train.parse_command_line(typed)[0])
+    assert config.init_from == str(out / "model.pt") and source is not None
+    for name in ("learning_rate", "min_lr"):
+        assert getattr(config, name) == pytest.approx(getattr(run.config, name) / 3, rel=0.02)
+    for name in TINY.keys() - {"learning_rate", "min_lr"}:
+        assert getattr(config, name) == getattr(run.config, name), name
+    main(*typed, max_iters=2, plot_dir=tmp_path, eval_windows=2)
+    run.folder.replaces = True  # as with --overwrite: the files are another run's
+    assert ".pt" not in refusal(run.fail, "it diverged")
 
 
 def test_data_that_moved_or_was_prepared_anew_is_told_what_to_do(finished, tmp_path):
@@ -1336,13 +1346,26 @@ def test_data_that_moved_or_was_prepared_anew_is_told_what_to_do(finished, tmp_p
     assert "--init_from" in line and "has changed" in line
 
 
-def test_the_commit_of_an_edited_tree_is_dirty(monkeypatch):
-    for changes, commit in (("", "abc"), (" M train.py\n", "abc-dirty")):
-        def git(command: list, changes: str = changes, **options: Any) -> SimpleNamespace:
-            return SimpleNamespace(stdout="abc\n" if "rev-parse" in command else changes)
+def test_the_commit_of_an_edited_tree_is_dirty(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-        monkeypatch.setattr(train.subprocess, "run", git)
-        assert train.versions_of(torch.device("cpu"))["commit"] == commit
+    def commit() -> str | None:
+        return train.versions_of(torch.device("cpu"))["commit"]
+
+    file = tmp_path / "train.py"
+    monkeypatch.setattr(train, "__file__", str(file))
+    git("init")
+    assert commit() is None
+    file.touch()
+    git("add", "train.py")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "a tag is no commit")
+    (tmp_path / "untracked").touch()
+    assert commit() == git("rev-parse", "HEAD")
+    file.write_text("edited")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_float16_trains_on_repetitive_text(data, tmp_path, monkeypatch):
@@ -1360,3 +1383,88 @@ def test_float16_trains_on_repetitive_text(data, tmp_path, monkeypatch):
         run.step()
         losses.append(run.loss.item())
     assert run.state.skipped_updates <= 2 and losses[-1] < losses[0]
+
+
+# ------------------------------------------------------------------------ No trained model is lost
+
+
+def stop_at(iteration: int, monkeypatch) -> None:
+    """Ctrl-C before the step that begins at this iteration."""
+    step = train.Run.step
+
+    def interrupted(run: train.Run) -> None:
+        if run.state.iteration == iteration:
+            signal.raise_signal(signal.SIGINT)
+        step(run)
+
+    monkeypatch.setattr(train.Run, "step", interrupted)
+
+
+@pytest.mark.parametrize("iteration", [0, 4])
+def test_overwrite_typed_by_mistake_and_ctrl_c_leave_the_old_run(
+    finished, tmp_path, monkeypatch, signals, iteration
+):
+    out = copy_of(finished, tmp_path)
+    files = snapshot(out)
+    stop_at(iteration, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main("--overwrite", **finished.flags | dict(out_dir=out, eval_interval=12))
+    assert stopped.value.code == 130 and snapshot(out) == files
+
+
+def test_overwrite_of_nothing_leaves_a_checkpoint_at_ctrl_c(
+    finished, tmp_path, monkeypatch, signals
+):
+    stop_at(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        main("--overwrite", **finished.flags | dict(out_dir=tmp_path / "new"))
+    assert load_file(tmp_path / "new" / "ckpt.pt")["state"]["iteration"] == 4
+
+
+@pytest.mark.parametrize("mode", [[], ["--resume"]])
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_replaced(
+    finished, tmp_path, monkeypatch, mode
+):
+    out, compile_model = tmp_path / "new", train.compile_model
+
+    def slow(run: train.Run) -> None:
+        shutil.copytree(finished.out, out)
+        compile_model(run)
+
+    monkeypatch.setattr(train, "compile_model", slow)
+    refusal(main, *mode, **finished.flags | dict(out_dir=out))
+    assert snapshot(out) == snapshot(finished.out)
+
+
+def test_ctrl_c_in_the_last_picture_leaves_out_the_story(finished, tmp_path, monkeypatch, signals):
+    def write(folder: train.RunFolder, run: train.Run, final: dict | None = None) -> None:
+        if final:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.RunFolder, "write_record", write)
+    with pytest.raises(SystemExit) as stopped:
+        main(**finished.flags | dict(out_dir=tmp_path / "new", max_iters=4))
+    assert stopped.value.code == 130
+
+
+def test_ctrl_c_in_the_story_is_python_s_own(finished, tmp_path, monkeypatch, signals):
+    def generate(*_: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        main(**finished.flags | dict(out_dir=tmp_path / "new", max_iters=4))
+    assert (tmp_path / "new" / "model.pt").exists()
+
+
+def test_eval_only_on_a_text_takes_the_separator_of_the_model_s_data(tmp_path):
+    tales = write_tales(tmp_path / "a.txt", 1, 60)
+    for name, mark in (("a", "<|endoftext|>"), ("b", "</s>")):
+        text = tmp_path / f"{name}.txt"
+        text.write_text(mark.join(tales), encoding="utf-8")
+        prepare(str(text), tmp_path / name, val_fraction=0.2, separator=mark, num_threads=1)
+    flags = TINY | dict(data_dir=tmp_path / "b", out_dir=tmp_path / "out", plot_dir=tmp_path)
+    main(**flags | dict(max_iters=4))
+    scores = [main("--eval_only", out_dir=tmp_path / "out", dataset=tmp_path / name, device="cpu",
+                   dtype="float32")[0] for name in ("a.txt", "b.txt")]
+    assert scores[0] == scores[1]
