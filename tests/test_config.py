@@ -550,3 +550,12 @@ def test_a_lock_removes_the_unfinished_files_of_ours_and_no_others(tmp_path):
         (tmp_path / name).touch()
     os.close(config_module.lock_folder(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_under_torchrun_local_rank_0_speaks_for_all_and_an_error_of_one_rank_is_not_lost():
+    action = "config.time.sleep = print; config.notice('told'); raise config.UserError('odd')"
+    job = dict(TORCHELASTIC_RUN_ID="1", RANK="3")
+    first = run_script(ROOT, "-c", CLI.format(action), LOCAL_RANK="0", **job)
+    assert first.stderr == "told\nerror: odd\n" and first.stdout == ""
+    other = run_script(ROOT, "-c", CLI.format(action), LOCAL_RANK="1", **job)
+    assert other.stderr == "error: rank 3: odd\n" and other.stdout == "5\n"  # torchrun may end it
