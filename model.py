@@ -8,6 +8,7 @@ have B sequences of T tokens each, C features (n_embd), V token ids (vocab_size)
 import codecs
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -193,7 +194,12 @@ class GPT(nn.Module):
         """Compiles what a step repeats: the block (all share one code) and the head's softmax."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
+        if self.transformer.wte.weight.device.type == "cuda":
+            # Compiled too, `scatter_` would make inductor copy the logits: 0.8 GB at a time.
+            softmax = torch.compile(scaled_softmax, dynamic=False)
+            self.softmax_gradient = functools.partial(softmax_gradient, softmax=softmax)
+        else:  # a CPU has few logits at once, and is faster so
+            self.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -270,14 +276,23 @@ GRADIENT_IDS = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 FLOAT16_SCALE, FLOAT16_TOKENS = 8.0, 512
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Replaces logits (N, V) by `scale` times the gradient of their summed cross-entropy, which is
-    softmax(logits) - one_hot(targets), computed in float32. Returns that sum.
+def scaled_softmax(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Replaces logits (N, V) by `scale` times their softmax, computed in float32. Returns the log
+    of its values at the targets (N, 1).
     """
-    targets = targets.unsqueeze(1)
     log_softmax = F.log_softmax(logits, dim=1, dtype=torch.float32)
     log_likelihood = log_softmax.gather(1, targets)
     logits.copy_(log_softmax.exp_().mul_(scale))
+    return log_likelihood
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, scale: float,
+                     softmax: Callable = scaled_softmax) -> Tensor:
+    """Replaces logits (N, V) by `scale` times the gradient of their summed cross-entropy, which is
+    softmax(logits) - one_hot(targets). Returns that sum.
+    """
+    targets = targets.unsqueeze(1)
+    log_likelihood = softmax(logits, targets, scale)
     logits.scatter_(1, targets, (torch.expm1(log_likelihood) * scale).to(logits.dtype))
     return -log_likelihood.sum()
 

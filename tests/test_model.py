@@ -383,6 +383,23 @@ def test_compiled_parts_give_the_same_loss_and_gradients():
         close(gradients[name], p.grad)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@torch.no_grad()
+def test_on_cuda_the_compiled_softmax_holds_the_logits_once_and_gives_the_same_gradient():
+    """Inductor's code for a CPU shows it: no buffer but for one number per token."""
+    from torch._inductor.utils import run_and_get_code
+
+    logits, targets = torch.randn(8, 1024), torch.randint(1024, (8,))
+    softmax = torch.compile(gpt.scaled_softmax, dynamic=False)
+    _, code = run_and_get_code(softmax, logits.clone(), targets.unsqueeze(1), 8.0)
+    sizes = re.findall(r"= empty_strided\w*\(\((.*?)\)", "".join(code))
+    assert sizes and all("1024" not in size for size in sizes)
+    ours, whole = logits.clone(), logits.clone()
+    loss = gpt.softmax_gradient(ours, targets, 8.0, softmax=softmax)
+    close(loss, gpt.softmax_gradient(whole, targets, 8.0))
+    close(ours, whole)
+
+
 # ------------------------------------------------------------------------------------------
 # Generation
 
