@@ -71,7 +71,7 @@ MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "che
 # smaller than the model's.
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run cannot recover
-MANY_EPOCHS = 20  # a run that is longer is warned
+MANY_EPOCHS = 20  # of which a longer run is warned
 EXAMPLES = """examples:
   python train.py --preset demo
   python train.py --preset tuned --data_dir data/my_stories --max_iters 2000
@@ -206,7 +206,7 @@ def open_run(config: Config, overrides: dict, source: gpt.GPT | None = None,
         import_tensorboard()  # fails here if it does not work
     found = Path(config.data_dir, "meta.json").exists()
     if not found and not resumed:
-        # What belongs into a typed folder is not certain: `load_meta` says how to prepare it.
+        # A typed folder is not filled with a guess: `load_meta` will say how to prepare it.
         if "data_dir" in overrides and "dataset" not in overrides:
             prepared = [str(meta.parent) for meta in Path("data").glob("*/meta.json")]
             notice(f"nothing prepared in {config.data_dir}{nearest(config.data_dir, prepared)}")
@@ -444,7 +444,7 @@ def restore(run: "Run", checkpoint: dict) -> None:
         raise UserError(f"{run.folder.ckpt} does not hold a run of this version "
                         f"({one_line(problem)[:80]}): name another --out_dir") from None
     if run.is_main:
-        # Where model.pt is missing, damaged or another run's, the next evaluation's weights are it.
+        # A model.pt that is missing, damaged or another run's is replaced by the next evaluation.
         with contextlib.suppress(UserError, OSError):
             loss = gpt.load_file(run.folder.model).get("val_loss")
             if any(row["val_loss"] == loss for row in run.state.log):
@@ -593,7 +593,7 @@ class Ranks:
                             f"torchrun, or unset {', '.join(names)}") from None
 
     def leave(self) -> None:
-        """At the end of every run: Gloo's threads may crash a process that ends with them."""
+        """Called at the end: a process that still has Gloo's threads may crash as Python ends."""
         if self.size > 1:
             dist.destroy_process_group()
 
