@@ -294,7 +294,8 @@ def add_flag(parser: Any, name: str, kind: type, default: Any, help: str, **limi
     if choices:
         metavar = "{" + ",".join(choices) + "}"
     if default is not None:
-        help += f" (default: {str(default).lower() if kind is bool else default})"
+        text = f"{default:g}" if kind is float else str(default)
+        help += f" (default: {text.lower() if kind is bool else text})"
     help = help.replace("%", "%%")
     return parser.add_argument(f"--{name}", type=parse, default=default, metavar=metavar, help=help)
 
