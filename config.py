@@ -237,13 +237,14 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def limits_of(field: dataclasses.Field) -> dict[str, Any]:
-    """Those of `checked`. A plain field of one's own may hold any text."""
+    """A field's limits for `checked`. A field without `setting(...)` may hold any text."""
     return field.metadata.get("limits", {"any_text": True})
 
 
 def checked(name: str, value: Any, kind: type, low: float | None = None,
             high: float | None = None, choices: Iterable[str] = (), any_text: bool = False) -> Any:
-    """The value. A text is a path, whose ~ is expanded, unless it has `choices` or is `any_text`.
+    """The value. A text without `choices` is taken for a path, whose ~ is expanded; only
+    `any_text` may be empty.
 
     UserError if it has another type than `kind`, is below low or above high, or no choice.
     """
@@ -263,9 +264,9 @@ def checked(name: str, value: Any, kind: type, low: float | None = None,
     if choices and value not in choices:
         guess = nearest(value, choices)
         raise UserError(f"{name} {value!r} must be one of {', '.join(choices)}{guess}")
-    if kind is not str or choices or any_text:
+    if kind is not str or choices:
         return value
-    if not value.strip() or "\0" in value:
+    if not any_text and not value.strip() or "\0" in value:
         raise UserError(f"{name} {value!r} must be a path or a name")
     return os.path.expanduser(value)
 
@@ -404,10 +405,6 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except UserError as mistake:
         line = str(mistake)
-        if speaks_for_us():
-            # Nearly always the same as local rank 0's, after which torchrun ends us. If not:
-            time.sleep(5)
-            line = f"rank {os.environ.get('RANK')}: {line}"
     except OSError as problem:  # disk full, no permission, a folder where a file should be
         line = str(problem.strerror or problem)
         place = problem.filename2 or problem.filename  # of a rename, where it goes to
@@ -418,6 +415,10 @@ def cli(main: Callable[[list[str]], None]) -> None:
             raise
         line = ("out of memory: halve --device_batch_size (the result stays the same), "
                 "--num_samples, --num_threads or the model, whichever there is")
+    if is_silent():
+        # Usually local rank 0 prints the same error, and torchrun ends this process. Otherwise:
+        time.sleep(5)
+        line = f"rank {os.environ.get('RANK')}: {line}"
     print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -440,14 +441,14 @@ class Lossy:
             self.stream.flush()
 
 
-def speaks_for_us() -> bool:
-    """Whether torchrun has started another process here that talks for this one: local rank 0."""
+def is_silent() -> bool:
+    """Whether torchrun started this process beside local rank 0, which prints for its machine."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
 
 
 def notice(line: str) -> None:
     """A line for the person at the terminal: stderr, so that stdout holds results only."""
-    if not speaks_for_us():
+    if not is_silent():
         print(line, file=sys.stderr, flush=True)
 
 

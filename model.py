@@ -270,9 +270,9 @@ SOFTMAX_TOKENS = {"cpu": 64, "cuda": 8192, "mps": 2048}
 # Token ids whose head gradient is updated at once: what is added takes as much memory again.
 GRADIENT_IDS = {"cpu": 16384, "cuda": 65536, "mps": 16384}
 # Float16 reaches from 6e-8 to 65,504. The softmax of an unlikely token is smaller, so the gradient
-# by the logits is held 8 times as large. A sum over many like tokens is larger: features are made
-# smaller for it, by the number of tokens beyond 512. Both are undone in float32, and being powers
-# of two they round nothing. A sum then stays below 8 x 512 times the largest feature.
+# by the logits is held 8 times as large. A sum over many similar tokens may overflow, so beyond
+# 512 tokens the features are divided by tokens / 512, rounded up to a power of two. Both factors
+# are undone in float32. A sum then stays below 8 x 512 times the largest feature.
 FLOAT16_SCALE, FLOAT16_TOKENS = 8.0, 512
 
 

@@ -65,15 +65,15 @@ def main(argv: list[str]) -> None:
              "no validation split; of a single story, the share to cut off its end "
              f"(default: {VAL_FRACTION})", low=1e-9, high=0.999)
     parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="what else stands "
-                        r"between the stories of a .txt file: </s>, say, or \n\n for blank lines "
+                        r"between stories: </s>, say, or \n\n for blank lines "
                         "(default: %(default)s)")
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", low=1)
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
     args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    if not args.separator:
-        raise UserError("--separator must not be empty")
+    if args.separator != SEPARATOR and args.separator in SEPARATOR:  # the empty text too
+        raise UserError(f"--separator {args.separator!r} must not be a part of {SEPARATOR}")
     prepare(**vars(args))
 
 
@@ -144,11 +144,6 @@ def identity(dataset: str) -> str:
     return os.path.realpath(os.path.expanduser(dataset)) if is_path(dataset) else dataset
 
 
-def same_dataset(a: str, b: str) -> bool:
-    """Whether two names mean one dataset: equal names, or paths that lead to one place."""
-    return identity(a) == identity(b)
-
-
 def local_path(dataset: str) -> Path:
     """The path of a local dataset. UserError if nothing is there, or no text to prepare."""
     path = Path(identity(dataset))
@@ -159,8 +154,8 @@ def local_path(dataset: str) -> Path:
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
         raise UserError(f"{dataset} is not there{config.nearest(path.name, siblings)}")
     if (path / "meta.json").exists() and (path / "train.bin").exists():
-        data_dir = shlex.quote(dataset)
-        raise UserError(f"{dataset} is prepared already: `python train.py --data_dir {data_dir}`")
+        raise UserError(f"{dataset} is prepared already: name it with train.py's --data_dir, and "
+                        "leave --dataset out")
     if any((path / f"dataset_{name}.json").exists() for name in ("info", "dict")):
         raise UserError(f"{dataset} was written by `save_to_disk`: in Python, write its splits to "
                         "files with `to_parquet`, and name these")
@@ -372,18 +367,18 @@ def find_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
     if dataset == "toy":
         return {"train": given(toy_stories()[:-800]), "val": given(toy_stories()[-800:])}
     if not is_path(dataset):
-        return find_hub_splits(dataset)
+        return find_hub_splits(dataset, separator)
     found, sources = find_files(dataset), {}
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
     for split, files in found.items():
-        read = partial(read_stories, partial(read_rows, separator=separator), files)
+        read = partial(read_stories, partial(read_rows, separator=separator), files, separator)
         names = ", ".join(map(str, files[:3]))
         sources[split] = Source(read, f"there is no story: {names} is empty")
     return sources
 
 
-def find_hub_splits(dataset: str) -> Splits:
+def find_hub_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
     """Streamed by the library `datasets`: nothing is copied to the disk."""
     full_name = ask_hub(dataset)
     import datasets
@@ -400,7 +395,7 @@ def find_hub_splits(dataset: str) -> Splits:
             notice(f"{dataset}: the split {name} is left out")
         else:
             known = (found[name].info.splits or {}).get(name)
-            read = partial(read_stories, partial(read_hub, found[name]), [dataset])
+            read = partial(read_stories, partial(read_hub, found[name]), [dataset], separator)
             empty = f"there is no story: the split {name} of {dataset} is empty"
             sources[split] = Source(read, empty, known and known.num_examples)
     return sources
@@ -422,7 +417,7 @@ def ask_hub(dataset: str) -> str:
                         f"{OFFLINE}") from problem
 
 
-def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
+def read_stories(read: Callable, names: list[Any], separator: str = SEPARATOR) -> Iterator[str]:
     """The stories in the rows of each file (or of the one Hub split); a row without a text is an
     empty story. UserError names the row whose text is no string, or cannot be read.
     """
@@ -436,7 +431,8 @@ def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
                     text = ""  # pandas writes null as NaN
                 if not isinstance(text, str):
                     raise UserError(f"{name}, row {number}: the text is no string: {text!r:.80}")
-                *stories, last = text.split(SEPARATOR)
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+                *stories, last = text.replace(separator, SEPARATOR).split(SEPARATOR)
                 yield from map(tidy, stories)
                 last = tidy(last)
                 if last or not stories:  # what follows a separator at the end is no empty story
@@ -452,8 +448,8 @@ def read_stories(read: Callable, names: list[Any]) -> Iterator[str]:
 
 
 def tidy(text: str) -> str:
-    """A text as a story: line ends are \\n, byte-order marks and the white space around it go."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
+    """A text as a story: byte-order marks and the white space around it go."""
+    return text.replace("\ufeff", "").strip()
 
 
 # ----------------------------------------------------------------------------- Stories to token ids
@@ -508,7 +504,8 @@ def stream_ids(dataset: str, separator: str = SEPARATOR) -> Iterator[Batch]:
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    with closing(read_stories(partial(read_rows, separator=separator), files)) as stories:
+    read = partial(read_rows, separator=separator)
+    with closing(read_stories(read, files, separator)) as stories:
         yield from encode_all(stories, THREADS)
 
 
@@ -596,7 +593,7 @@ def already_done(folder: Path, wanted: dict) -> dict[str, Any]:
     changed = [name for name, value in new.items() if old.get(name) != value]
     others = ", ".join(name for name in changed if not name.endswith("sha256"))
     reason = f", with another {others}" if others else ", but the text has changed since"
-    if not same_dataset(meta["dataset"], wanted["dataset"]):
+    if identity(meta["dataset"]) != wanted["dataset"]:
         changed, reason = ["dataset"], ""
     if changed:
         raise UserError(f"{folder} already holds files made from {meta['dataset']}{reason}: "
@@ -652,7 +649,8 @@ def divide(source: Source, meta: dict, folder: Path, fraction: float | None) -> 
                         "name others with --val_dataset")
     between = f"{(place(first) + place(other)) / 2:.6f}"  # this fraction sends them to two splits
     few = (f"{dataset} has so few stories that none was drawn for one of the splits: "
-           f"`{command(meta, folder, val_fraction=between)}`, or --val_dataset")
+           f"type `{command(meta, folder, val_fraction=between)}`, or name others with "
+           "--val_dataset")
     return {split: Source(partial(drawn, split), few) for split in ("train", "val")}
 
 
@@ -737,7 +735,7 @@ def write_split(split: str, path: Path, source: Source, num_threads: int, in_val
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """What meta.json says, once both .bin files are found to be those that it describes."""
     path, prepare_it = Path(data_dir, "meta.json"), command({"dataset": "..."}, data_dir)
-    again = f"prepare it again: `{prepare_it} --overwrite`"
+    again = f"name another folder, or prepare this one again: `{prepare_it} --overwrite`"
     if any(path.with_name(name).exists() for name in FILES[:2]) and not path.exists():
         raise UserError(f"{data_dir} holds .bin files, but meta.json is missing: copy it too from "
                         f"where they were prepared, or {again}")

@@ -42,6 +42,7 @@ from config import (  # first: it sets what torch reads when it is imported
     add_config_flags,
     atomic_write,
     cli,
+    is_silent,
     lock_folder,
     nearest,
     notice,
@@ -71,7 +72,7 @@ MAY_CHANGE = ("max_iters", "max_epochs", "lr_decay_iters", "eval_interval", "che
 # smaller than the model's.
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run cannot recover
-MANY_EPOCHS = 20  # of which a longer run is warned
+MANY_EPOCHS = 20  # a run of more gets a warning
 EXAMPLES = """examples:
   python train.py --preset demo
   python train.py --preset tuned --data_dir data/my_stories --max_iters 2000
@@ -248,7 +249,7 @@ def open_data(config: Config, overrides: dict) -> dict:
     """meta.json of the prepared data. UserError if it is not there, or not what was asked for."""
     folder, meta = config.data_dir, data.load_meta(config.data_dir)
     wanted = overrides.get("dataset", meta["dataset"])
-    if not data.same_dataset(meta["dataset"], wanted):
+    if data.identity(meta["dataset"]) != data.identity(wanted):
         raise UserError(f"{folder} holds {meta['dataset']}, not {wanted}: name another --data_dir, "
                         "or leave --dataset out")
     for name, split in meta["splits"].items():
@@ -446,9 +447,10 @@ def restore(run: "Run", checkpoint: dict) -> None:
     if run.is_main:
         # A model.pt that is missing, damaged or another run's is replaced by the next evaluation.
         with contextlib.suppress(UserError, OSError):
-            loss = gpt.load_file(run.folder.model).get("val_loss")
-            if any(row["val_loss"] == loss for row in run.state.log):
-                run.folder.best_loss = loss
+            best = gpt.load_file(run.folder.model)
+            now = {name: getattr(run.config, name) for name in MAY_CHANGE}
+            if dataclasses.replace(gpt.config_of(best, run.folder.model), **now) == run.config:
+                run.folder.best_loss = best.get("val_loss", math.inf)
 
 
 class RunFolder:
@@ -459,14 +461,12 @@ class RunFolder:
         self.ckpt, self.model = path / "ckpt.pt", path / "model.pt"
         self.log, self.record = path / "log.csv", path / "run.json"
         self.lock: int | None = None  # holds the folder for this process until it ends
-        self.read_at: int | None = None  # when the checkpoint that was read had been written
-        # Whether an old run is still there, which --overwrite drops.
-        self.replaces = mode == "overwrite" and any(file.exists() for file in self.files())
+        self.files = (self.ckpt, self.model, self.log)  # each of them shows that a run is here
+        self.read_at: int | None = None  # modification time (ns) of the ckpt.pt that was read
+        # Whether --overwrite still has an old run's files to remove.
+        self.replaces = mode == "overwrite" and any(file.exists() for file in self.files)
         self.saved_at = time.monotonic()  # when the last checkpoint was written
         self.best_loss = math.inf  # the validation loss of this run's model.pt
-
-    def files(self) -> tuple[Path, ...]:
-        return self.ckpt, self.model, self.log
 
     def refuse_old_run(self) -> None:
         """UserError if the folder cannot be one, or holds what a new run would replace unasked."""
@@ -478,7 +478,7 @@ class RunFolder:
         if self.mode == "resume" and self.model.exists():
             raise UserError(f"there is no {self.ckpt} to go on from, but a trained {self.model}: "
                             "name another --out_dir, or drop it by --overwrite instead of --resume")
-        for file in self.files():
+        for file in self.files:
             if file.exists() and not self.mode:
                 go_on = "--resume to go on with it, " if self.ckpt.exists() else ""
                 raise UserError(f"{file} is there already: add {go_on}--overwrite to drop it, or "
@@ -504,11 +504,11 @@ class RunFolder:
         """Writes ckpt.pt before the first model.pt, so that a run killed at any point can be
         resumed, and once more when the other files of an evaluation are written.
         """
-        content = checkpoint_of(run)
+        content, log = checkpoint_of(run), run.state.log
         if not row or self.replaces or not self.model.exists():
             # Without the row: a run that is killed right after this evaluates again.
-            log = run.state.log[:-1] if row else run.state.log
-            before = content | {"state": content["state"] | {"log": log}}
+            earlier = log[:-1] if row else log
+            before = content | {"state": content["state"] | {"log": earlier}}
             gpt.save_file(self.ckpt, run.config, run.model, **before)
         if self.replaces:  # the old run stays until the new one has its first checkpoint
             self.model.unlink(missing_ok=True)
@@ -517,10 +517,9 @@ class RunFolder:
             gpt.save_file(self.model, run.config, run.model, **row)
             self.best_loss = row["val_loss"]
         try:
-            if run.state.log:
-                lines = [",".join(run.state.log[0])]
-                lines += [",".join(f"{value:.10g}" for value in row.values())
-                          for row in run.state.log]
+            if log:
+                lines = [",".join(log[0])]
+                lines += [",".join(f"{value:.10g}" for value in line.values()) for line in log]
                 with atomic_write(self.log) as partial:
                     partial.write_text("\n".join(lines) + "\n")
             self.write_record(run)
@@ -602,13 +601,14 @@ class Ranks:
         return np.array_split(items, self.size)[self.rank]
 
     def together(self, collective: Callable[..., Any], *args: Any) -> None:
-        """Calls what all ranks have to call. UserError if one of them has gone."""
+        """Runs a collective operation, which every rank must call. UserError if one has ended."""
         if self.size > 1:
             try:
                 collective(*args)
             except RuntimeError as problem:
                 reason = one_line(problem)[:80]
-                raise UserError(f"lost the other ranks ({reason}): go on with --resume") from None
+                raise UserError(f"lost the other ranks ({reason}): type the command again, with "
+                                "--resume if it has saved a checkpoint") from None
 
     def wait(self) -> None:
         """Returns once all ranks have come here."""
@@ -664,7 +664,8 @@ class StopSignal:
         if not self.caught:
             self.caught, self.at = number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\nstopping after this batch; Ctrl-C again to quit now\n")
+                if not is_silent():
+                    os.write(2, b"\nstopping after this batch; Ctrl-C again to quit now\n")
         elif time.monotonic() - self.at > 2:
             os._exit(128 + number)
 
@@ -682,8 +683,8 @@ class Optimizer(torch.optim.AdamW):
     """Steps each group of parameters by the rule that the group names: adamw or muon.
 
     To add a rule, write a method beside `muon` that steps one group from its gradients `p.grad`,
-    and add its name to the choices of `matrix_optimizer` in config.py. Keep what it remembers in
-    `self.state[p]`, with a "step" as AdamW has it, and checkpoints hold it. Use the group's lr and
+    and add its name to the choices of `matrix_optimizer` in config.py. Keep its memory in
+    `self.state[p]`, with a tensor "step" as AdamW has; checkpoints save it. Use the group's lr and
     weight_decay. Multiply every change, of the memory too, by `finite`, which is 0 where the step
     is to change nothing.
     """
@@ -695,8 +696,8 @@ class Optimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """`found_inf` is what a GradScaler sets for PyTorch's fused optimizers, here always set: 1
-        on the device if a gradient is not finite. AdamW then skips its step, and so do we.
+        """`found_inf`, on the device, is 1 if a gradient is not finite. A GradScaler sets it for
+        PyTorch's fused optimizers; `update_weights` sets it always. All rules then skip the step.
         """
         finite = 1 - self.found_inf
         for group in self.param_groups:
@@ -936,18 +937,16 @@ class Run:
         """UserError with what can be done about a run that has diverged."""
         config, folder = self.config, self.folder
         lower = {name: f"{getattr(config, name) / 3:.2g}" for name in ("learning_rate", "min_lr")}
-        there = [file for file in (folder.model, folder.ckpt) if file.exists()]
-        if folder.replaces or not there:
+        if folder.replaces or not folder.model.exists():
             raise UserError(f"{reason}: train with a lower rate, as --learning_rate "
                             f"{lower['learning_rate']} --min_lr {lower['min_lr']}")
         # The model brings its architecture along; the other settings that were typed stay.
         flags = {"preset": config.preset, "data_dir": config.data_dir, **differences(config)}
-        flags |= {"init_from": there[0], "out_dir": f"{config.out_dir}_lower", **lower}
+        flags |= {"init_from": folder.model, "out_dir": f"{folder.path}_lower", **lower}
         words = []
         for name, value in flags.items():
             if name not in (*ARCHITECTURE, "block_size"):
-                text = str(value).lower() if isinstance(value, bool) else str(value)
-                words += [f"--{name}", text]
+                words += [f"--{name}", str(value)]
         raise UserError(f"{reason}: go on from the best weights at a lower rate: "
                         f"{self.ranks.command} {shlex.join(words)}")
 
@@ -1289,6 +1288,7 @@ def score_only(overrides: dict) -> None:
     if "init_from" in overrides and "preset" in overrides:  # the preset says which data
         preset = Config.from_preset(overrides["preset"])
         fresh |= dict(dataset=preset.dataset, data_dir=preset.data_dir)
+    made_with = fresh.get("data_dir", source.config.data_dir)
     if "dataset" in overrides:
         fresh["data_dir"] = None  # its own folder
     changes = fresh | overrides | architecture(source.config, overrides)
@@ -1296,9 +1296,9 @@ def score_only(overrides: dict) -> None:
     ranks, text = Ranks(prepare_device(config)), overrides.get("dataset")
     if text and data.is_path(text) and "data_dir" not in overrides:
         run, name = Run(config, {"splits": {}}, ranks, source), "loss"
-        separator = data.separator_of(source.config.data_dir)
+        separator = data.separator_of(made_with)
         if separator != data.SEPARATOR:
-            notice(f"{separator!r} separates stories too, as in {source.config.data_dir}")
+            notice(f"{separator!r} separates stories too, as in {made_with}")
         final = score(run, data.stream_ids(text, separator))
     else:
         text, name = f"the whole validation split of {config.data_dir}", "validation loss"

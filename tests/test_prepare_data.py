@@ -350,6 +350,15 @@ def test_another_separator(separator, typed, between, block, tmp_path, monkeypat
     assert meta["settings"]["separator"] == separator
     assert prepare(str(path), tmp_path / "out", str(path), separator=separator) == meta
     assert "with another separator" in refusal(prepare, str(path), tmp_path / "out", str(path))
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"text": path.read_bytes().decode()}))
+    prepare(str(rows), tmp_path / "rows", str(rows), separator=separator)
+    assert stories_in(tmp_path / "rows") == stories
+
+
+@pytest.mark.parametrize("text", ["", "|", "<|endoftext"])
+def test_a_separator_that_would_cut_up_the_mark_is_refused(text):
+    assert "must not be a part of" in refusal(prepare_data.main, [f"--separator={text}"])
 
 
 @pytest.mark.parametrize("mark", ["</s>", "<|end_of_text|>", "\n---\n", "\n\n", "<eos>", "\n***\n"])
@@ -493,11 +502,11 @@ def test_other_names_of_one_dataset_and_the_home_folder(tmp_path, monkeypatch):
     path = write_txt(tmp_path / "in.txt", STORIES)
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
-    same = prepare_data.same_dataset
+    identity = prepare_data.identity
     for a, b in (("in.txt", str(path)), ("./gone/../in.txt", "in.txt"), ("toy", "toy"),
                  ("~/in.txt", "in.txt"), ("roneneldan/TinyStories", "roneneldan/TinyStories")):
-        assert same(a, b)
-    assert not same("toy", "roneneldan/TinyStories") and not same("toy", "./toy")
+        assert identity(a) == identity(b)
+    assert identity("toy") not in (identity("roneneldan/TinyStories"), identity("./toy"))
     meta = prepare("~/in.txt", "~/out", "~/in.txt")
     assert prepare(str(path), tmp_path / "out", "in.txt") == meta
     assert next(prepare_data.stream_ids("~/in.txt"))[1]["stories"] == 4
@@ -1092,7 +1101,7 @@ def test_folders_that_are_something_else(tmp_path, check_refused):
         check_refused("--dataset", tmp_path / name, words="was written by `save_to_disk`")
     prepare(str(write_txt(tmp_path / "in.txt", STORIES)), tmp_path / "mine", val_fraction=0.5)
     check_refused("--dataset", tmp_path / "mine",
-                  words=f"mine is prepared already: `python train.py --data_dir {tmp_path}/mine`")
+                  words="mine is prepared already: name it with train.py's --data_dir")
     Path("data").mkdir()
     shutil.move(tmp_path / "one", "data/one")  # where --data_dir would lie by default
     shutil.move(tmp_path / "mine", "data/mine")

@@ -1335,6 +1335,19 @@ def test_a_diverged_run_is_told_a_command_that_works_and_keeps_its_settings(fini
     main(*typed, max_iters=2, plot_dir=tmp_path, eval_windows=2)
     run.folder.replaces = True  # as with --overwrite: the files are another run's
     assert ".pt" not in refusal(run.fail, "it diverged")
+    run.folder.replaces = False
+    run.folder.model.unlink()  # no evaluation yet: ckpt.pt may hold weights that diverge
+    assert ".pt" not in refusal(run.fail, "it diverged")
+
+
+def test_a_better_model_pt_than_the_checkpoint_knows_of_is_kept(finished, tmp_path):
+    """As where a backup of ckpt.pt is put back."""
+    out = copy_of(finished, tmp_path)
+    content = load_file(out / "ckpt.pt")
+    content["state"]["log"] = content["state"]["log"][:1]
+    torch.save(content, out / "ckpt.pt")
+    run = train.resumed_run(train.RunFolder(out), {"out_dir": str(out)})
+    assert run.folder.best_loss == load_file(out / "model.pt")["val_loss"]
 
 
 def test_data_that_moved_or_was_prepared_anew_is_told_what_to_do(finished, tmp_path):
