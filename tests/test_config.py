@@ -343,6 +343,7 @@ config.cli(main)
         assert len(done.stderr) < 200
 
 
+@pytest.mark.usefixtures("one_thread", "signals")
 def test_a_run_and_its_model_outlive_its_preset(tmp_path, monkeypatch, capsys):
     conftest.write_tales(tmp_path / "tales.txt", 0, 60)
     monkeypatch.chdir(tmp_path)
