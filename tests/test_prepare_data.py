@@ -305,15 +305,8 @@ def test_the_mark_separates_in_every_format(kind, tmp_path):
     ids = prepare_data.open_split(tmp_path / "out", "train")
     assert (ids == 50256).sum() == 5
     empty = prepare_data.load_meta(tmp_path / "out")["splits"]["train"]["empty"]
-    assert empty == {"txt": 3}.get(kind, 1)  # before Five; in .txt also between two marks
-
-
-def test_the_line_behind_the_last_mark_is_no_story(tmp_path):
-    path = write_txt(tmp_path / "in.txt", STORIES)
-    for text in ("", "\n", "\r\n \ufeff"):
-        path.write_bytes(path.read_bytes() + text.encode())
-        meta = prepare(str(path), tmp_path / "out", str(path), overwrite=True)
-        assert meta["splits"]["train"]["empty"] == 0
+    assert empty == {"txt": 3}.get(kind, 1)  # before Five; in .txt also between
+    # two marks, not behind the last one
 
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 20])
@@ -430,15 +423,19 @@ def test_a_name_tells_the_split(tmp_path, capsys):
     assert "has a validation split, left out for" in capsys.readouterr().err
 
 
-def test_what_is_no_story_file_is_named_and_hidden_files_are_not_read(tmp_path, capsys):
-    (tmp_path / "in/.git").mkdir(parents=True)
+def test_what_is_no_story_file_is_named_and_neither_read_nor_a_change(tmp_path, capsys):
+    """Hidden files too."""
     write_txt(tmp_path / "in/.git/a.txt", ["Hidden."])
-    for number in range(30):
+    for number in range(29):
         (tmp_path / f"in/picture{number:02}.png").write_bytes(b"P")
-    assert split_files(tmp_path, "a.txt") == {"a.txt": "train"}
+    (tmp_path / "in/picture29.png").symlink_to(tmp_path / "nowhere")
+    assert split_files(tmp_path, "a.txt", "valid.txt") == {"a.txt": "train", "valid.txt": "val"}
     told = capsys.readouterr().err
     assert "not read (30): picture00.png" in told and "picture20.png, ...\n" not in told
     assert "picture19.png, ...\n" in told and stories_in(tmp_path / "out") == ["This is a.txt."]
+    (tmp_path / "in/notes.md").write_text("A first draft.")
+    prepare(str(tmp_path / "in"), tmp_path / "out")
+    assert "is done" in capsys.readouterr().err
 
 
 def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
@@ -495,9 +492,8 @@ def test_other_names_of_one_dataset_and_the_home_folder(tmp_path, monkeypatch):
 # The Hugging Face Hub.
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A folder that `datasets` reads as if it were the Hub's: given as (folder, names asked)."""
+def test_a_hub_name_takes_the_same_way(tmp_path, monkeypatch, capsys):
+    """`datasets` reads a folder as if it were the Hub's."""
     import datasets
 
     original, asked = datasets.load_dataset, []
@@ -508,16 +504,9 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", from_folder)
     monkeypatch.setattr(prepare_data, "ask_hub", lambda name: name)
-    (tmp_path / "hub/data").mkdir(parents=True)
-    return tmp_path / "hub/data", asked
-
-
-def test_a_hub_name_takes_the_same_way(hub, tmp_path, monkeypatch, capsys):
-    folder, asked = hub
-    windows = [story.replace("\n", "\r\n") for story in STORIES]
-    for split, stories in (("train", [*windows, None]), ("validation", VALID), ("test", VALID),
+    for split, stories in (("train", [*WINDOWS, None]), ("validation", VALID), ("test", VALID),
                            ("other", VALID)):
-        write_parquet(folder / f"{split}-00000-of-00001-a.parquet", stories)
+        write_parquet(tmp_path / f"hub/data/{split}-00000-of-00001-a.parquet", stories)
     meta = prepare("roneneldan/TinyStories", tmp_path / "out")
     assert stories_in(tmp_path / "out", "train") == STORIES
     assert stories_in(tmp_path / "out", "val") == VALID
@@ -546,11 +535,6 @@ def test_the_hubs_names_for_several_splits_of_a_kind(monkeypatch, capsys):
     told = capsys.readouterr().err
     for name in ("test_sft", "train_gen", "validation_mismatched"):
         assert f"the split {name} is left out" in told
-
-
-def test_a_hub_row_without_text_is_named(hub, tmp_path):
-    write_parquet(hub[0] / "train-00000-of-00001-a.parquet", ["a"], "body")
-    assert "no text or story column, only body" in refusal(prepare, "a/b", tmp_path / "o")
 
 
 @pytest.mark.parametrize("name, hint", [
@@ -739,15 +723,9 @@ def test_a_text_that_changes_while_it_is_read_or_later(change, changing, tmp_pat
     prepare_data.check_unchanged(new, out)
     for name in ("val_dataset", "val_fraction", "separator"):
         assert new["settings"][name] == meta["settings"][name]
-
-
-def test_what_is_gone_or_was_never_here_is_not_compared(changing, tmp_path):
-    dataset, val = changing
-    meta = prepare(dataset, tmp_path / "out", val)
     shutil.rmtree(dataset)
     os.unlink(val)
-    for same in (meta, {"dataset": "toy", "settings": {}}, {"dataset": "a/b"}):
-        prepare_data.check_unchanged(same, tmp_path / "out")
+    prepare_data.check_unchanged(meta, out)  # what is gone is not compared
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -761,16 +739,6 @@ def test_a_folder_that_an_earlier_version_cleaned_has_other_settings(clean, fold
         assert "another clean" in refusal(prepare, path, folder, path)
     else:
         assert prepare(path, folder, path) == meta
-
-
-def test_what_is_not_read_of_a_folder_is_no_change_of_it(tmp_path, capsys):
-    write_txt(tmp_path / "in/train.txt", STORIES)
-    write_txt(tmp_path / "in/valid.txt", VALID)
-    (tmp_path / "in/latest.png").symlink_to(tmp_path / "nowhere")
-    meta = prepare(str(tmp_path / "in"), tmp_path / "out")
-    (tmp_path / "in/notes.md").write_text("A first draft.")
-    assert prepare(str(tmp_path / "in"), tmp_path / "out") == meta
-    assert "is done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("others", [{"train.bin": b"mine"}, {"val.bin": b"", "notes.txt": b"x"}])
@@ -900,6 +868,7 @@ def test_a_full_disk_changes_nothing(tmp_path):
 
 # Wrong input: one line, status 2, nothing changed.
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 WRONG = {  # content, and what the line says
     "empty.txt": (b"", "is empty"),
     "blank.txt": (f" \n{END}\n\t{END}".encode(), "is empty"),
@@ -937,11 +906,7 @@ WRONG = {  # content, and what the line says
     "story.docx": (b"text\na\n", "ends in .txt"),
     "story.gz": (gzip.compress(b"a"), "ends in .txt"),
     "single.txt": (b"Only one story.", "--val_fraction 0.1"),
-}
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-ELSE = {  # what is plainly something else
+    # What is plainly something else.
     "lfs.txt": (LFS, "git lfs pull"),
     "lfs.parquet": (LFS, "git lfs pull"),
     "lfs.csv.gz": (LFS, "git lfs pull"),
@@ -955,7 +920,6 @@ ELSE = {  # what is plainly something else
     "lines.txt": (b'{"text": "a"}\n{"text": "b"}\n', "a .json or .jsonl file: rename it"),
     "list.csv": (b'[\n {"text": "a"}]', "a .json or .jsonl file: rename it"),
 }
-WRONG |= ELSE
 
 
 @pytest.fixture
@@ -1095,18 +1059,13 @@ def test_stories_that_are_in_both_splits_are_counted(flags, count, tmp_path, cap
     assert warned == ([count] if count else [])
 
 
-def test_the_dataset_folder_is_not_written_into(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", STORIES)
+def test_the_dataset_is_not_written_into(tmp_path, error_of):
+    path = write_jsonl(tmp_path / "train.jsonl", STORIES)
+    before = snapshot(tmp_path)
     for data_dir in (tmp_path, tmp_path / "out"):
         assert "choose another --data_dir" in refusal(prepare, str(tmp_path), data_dir)
-    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
-
-
-def test_data_dir_that_is_a_file(tmp_path, error_of):
-    path = write_txt(tmp_path / "in.txt", STORIES)
-    before = path.read_bytes()
     line = error_of("--dataset", path, "--data_dir", path, "--val_dataset", path)
-    assert "in.txt" in line and path.read_bytes() == before
+    assert "train.jsonl" in line and snapshot(tmp_path) == before
 
 
 # Memory.
