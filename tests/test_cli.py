@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import config
 
 import pytest
-from conftest import ROOT, files_in, rows_of, snapshot, write_tales
+from conftest import ROOT, files_in, main, rows_of, snapshot, write_tales
 from conftest import run_script as run
 
 import train
@@ -90,14 +90,15 @@ def test_sample_writes_stories_that_begin_with_the_prompt(demo):
     assert "out/demo/model.pt" in done.stderr and "seed 1" in done.stderr
 
 
-def test_a_run_is_resumed_from_the_command_line(demo, tmp_path):
+@pytest.mark.usefixtures("one_thread", "signals")
+def test_the_demo_is_resumed(demo, tmp_path, monkeypatch):
+    """In this process; test_survival.py resumes in others."""
     for name in ("out", "data"):
         shutil.copytree(demo.folder / name, tmp_path / name)
-    done = run(tmp_path, "train.py", "--resume", "--preset", "demo", "--max_iters", 61)
-    assert done.status == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time")
-    assert "going on from iteration 60" in done.stderr
-    assert (tmp_path / "out" / "demo" / "log.csv").read_text().splitlines()[-1].startswith("61,")
+    monkeypatch.chdir(tmp_path)
+    stdout, stderr = main("--resume", "--preset", "demo", "--max_iters", "61")
+    assert stdout.startswith("Once upon a time") and "going on from iteration 60" in stderr
+    assert rows_of(Path("out/demo/log.csv"))[-1]["iteration"] == 61
 
 
 def test_missing_data_is_prepared_and_a_terminal_that_is_set_to_ascii_shows_the_story(tmp_path):

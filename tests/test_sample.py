@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import config
 from config import Config
 
 import pytest
 import torch
+from conftest import refusal
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
@@ -76,17 +76,13 @@ def story(capsys):
 
 
 @pytest.fixture
-def refusal(capsys, monkeypatch):
-    """Calls sample.py as the shell does: the one line it refuses with."""
+def refused(capsys):
+    """Calls sample.py's main: the one line it refuses with; nothing is on stdout."""
 
     def call(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-        with pytest.raises(SystemExit) as end:
-            config.cli(sample.main)
-        out, err = capsys.readouterr()
-        assert end.value.code == 2 and out == ""
-        assert re.fullmatch(r"error: [^\n]+\n", err), err
-        return err
+        line = refusal(sample.main, [*argv])
+        assert capsys.readouterr().out == ""
+        return line
 
     return call
 
@@ -100,8 +96,7 @@ def command(*argv: str, **options: Any) -> subprocess.CompletedProcess:
                           **options)
 
 
-# ------------------------------------------------------------------------------------------
-# Text
+# --------------------------------------------------------------------------------------------- Text
 
 
 def test_stdout_holds_the_prompt_and_its_continuation_and_stops_at_end_of_text(story, tmp_path):
@@ -172,8 +167,7 @@ def test_a_space_at_the_prompts_end_is_warned_of(checkpoint, story, prompt, warn
     assert ("space" in err) == warned and ("warning" in err) == warned
 
 
-# ------------------------------------------------------------------------------------------
-# Checkpoints
+# -------------------------------------------------------------------------------------- Checkpoints
 
 
 def test_the_default_is_the_newest_model_and_a_real_stdin_loses_its_last_line_end(tmp_path):
@@ -187,16 +181,16 @@ def test_the_default_is_the_newest_model_and_a_real_stdin_loses_its_last_line_en
     assert done.returncode == 0 and done.stdout == "Zoë is b\n".encode(), done.stderr
 
 
-def test_without_a_model_the_line_names_the_way_to_one(refusal, monkeypatch, tmp_path):
+def test_without_a_model_the_line_names_the_way_to_one(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert "train.py --preset demo" in refusal()
+    assert "train.py --preset demo" in refused()
     folder = Path("out", "mine")
     folder.mkdir(parents=True)
     (folder / "ckpt.pt").touch()  # a run stopped before its first evaluation
     way = r"--checkpoint out/mine/ckpt.pt.*--resume --out_dir out/mine\b"
-    assert re.search(way, refusal())
+    assert re.search(way, refused())
     for path in (folder, folder / "model.pt"):
-        assert str(folder / "ckpt.pt") in refusal("--checkpoint", str(path))
+        assert str(folder / "ckpt.pt") in refused("--checkpoint", str(path))
 
 
 def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
@@ -212,8 +206,7 @@ def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
     assert out == tokenizer().decode(ids[0].tolist()) + "\n"
 
 
-# ------------------------------------------------------------------------------------------
-# A Hugging Face folder
+# ---------------------------------------------------------------------------- A Hugging Face folder
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +280,7 @@ def swap_two(ids: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refusal, story, name):
+def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refused, story, name):
     folder = shutil.copytree(exported, tmp_path / "other")
     content = json.loads((folder / name).read_text())
     if name == "vocab.json":
@@ -297,7 +290,7 @@ def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refusal, 
         story("--checkpoint", str(folder), "--max_new_tokens", "1")  # it is GPT-2's still
         content["model"]["vocab"] = swap_two(content["model"]["vocab"])
     (folder / name).write_text(json.dumps(content))
-    assert "tokenizer of its own" in refusal("--checkpoint", str(folder))
+    assert "tokenizer of its own" in refused("--checkpoint", str(folder))
     (folder / name).unlink()
     story("--checkpoint", str(folder), "--max_new_tokens", "1")  # absent files are fine
 
@@ -337,23 +330,23 @@ def test_an_export_of_an_export_is_the_same_and_its_card_claims_nothing(exported
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
 
 
-def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refusal, tmp_path):
+def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     for there in (tmp_path, tmp_path / "file"):
-        assert "--save_hf" in refusal("--checkpoint", "none/model.pt", "--save_hf", str(there))
+        assert "--save_hf" in refused("--checkpoint", "none/model.pt", "--save_hf", str(there))
     flags = ("--checkpoint", "none/model.pt", "--save_hf", str(tmp_path / "new"))
-    assert "none/model.pt" in refusal(*flags)
+    assert "none/model.pt" in refused(*flags)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # The weights do not fit; the tokenizer does not fit.
 @pytest.mark.parametrize("size", [1_000_000, 3_400_000])
-def test_a_full_disk_leaves_no_half_export(refusal, checkpoint, tmp_path, size):
+def test_a_full_disk_leaves_no_half_export(refused, checkpoint, tmp_path, size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         (tmp_path / "hf").mkdir()  # an empty folder may be there
-        line = refusal("--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf"))
+        line = refused("--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf"))
         assert "cannot be written" in line
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -362,63 +355,53 @@ def test_a_full_disk_leaves_no_half_export(refusal, checkpoint, tmp_path, size):
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------
-# Wrong inputs
+# ------------------------------------------------------------------------------------- Wrong inputs
 
 WRONG = {
     ("--temprature", "1"): "did you mean --temperature",
-    ("--num_samples=2", "--temp", "1"): "unknown flag --temp",
-    ("--temperature", "nan"): "--temperature",
     ("--temperature", "-0.5"): "0 or more",
     ("--top_k", "2.5"): "type int",
     ("--num_samples", "0"): "1 or more",
     ("--top_p", "1.5"): "1 or less",
     ("--top_p", "0"): "--top_p",
-    ("--max_new_tokens", ""): "--max_new_tokens",
     ("--seed", "99999999999999999999"): "--seed",
     ("--device", "gpu"): "gpu",
     ("--device", "cuda:99"): "cuda:99",
     ("--device", "cpu", "--dtype", "float16"): "float16",
-    ("--dtype", "float23"): "did you mean float32",
     ("--prompt", "\udcff"): "UTF-8",
     ("--checkpoint", "none/model.pt"): "none/model.pt",
 }
 
 
 @pytest.mark.parametrize("argv", WRONG, ids=" ".join)
-def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(refusal, argv):
-    assert WRONG[argv] in refusal(*argv)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(refused, argv):
+    assert WRONG[argv] in refused(*argv)
 
 
-def test_a_model_of_another_vocabulary_is_one_line(refusal, tmp_path):
+def test_a_model_of_another_vocabulary_is_one_line(refused, tmp_path):
     path = random_model(tmp_path / "model.pt", dataclasses.replace(TINY, vocab_size=100))
-    line = refusal("--checkpoint", path)
-    assert "100" in line and "50257" in line
+    assert re.search("100.*50257", refused("--checkpoint", path))
 
 
-@pytest.mark.parametrize("answer", [None, "no network"])
-def test_the_hub_is_asked_once_for_ten_seconds_at_most(monkeypatch, offline, capsys, answer):
+@pytest.mark.parametrize("mocked", [True, False])
+def test_the_hub_is_asked_once_for_ten_seconds_at_most(monkeypatch, offline, capsys, mocked):
     asked = []
 
     def model_info(self: Any, name: str, timeout: float) -> None:
         asked.append((name, timeout))
-        raise OSError(answer)
+        raise OSError("no network")
 
-    if answer:
+    if mocked:
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", "someone/gpt2"])
-    with pytest.raises(SystemExit, match="2"):
-        config.cli(sample.main)
+    assert "someone/gpt2" in refusal(sample.main, ["--checkpoint", "someone/gpt2"])
     out, err = capsys.readouterr()
-    asking, error = err.splitlines()
-    assert out == "" and "asking the Hugging Face Hub" in asking
-    assert error.startswith("error: ") and "someone/gpt2" in error
-    assert asked == ([("someone/gpt2", 10)] if answer else [])
+    assert out == "" and re.fullmatch("[^\n]*asking the Hugging Face Hub\n", err)
+    assert asked == ([("someone/gpt2", 10)] if mocked else [])
 
 
-def test_standard_input_that_is_not_utf_8_is_one_line(refusal, monkeypatch, checkpoint):
+def test_standard_input_that_is_not_utf_8_is_one_line(refused, monkeypatch, checkpoint):
     stdin(monkeypatch, b"caf\xe9")
-    assert "UTF-8" in refusal("--prompt", "-", "--checkpoint", checkpoint)
+    assert "UTF-8" in refused("--prompt", "-", "--checkpoint", checkpoint)
 
 
 def test_what_is_no_checkpoint_is_one_line_in_a_real_shell(tmp_path):
