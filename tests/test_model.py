@@ -263,11 +263,10 @@ def loss_and_gradients(function, x, weight, targets, scale: float = 1.0):
     return loss.detach(), dx / scale, dw / scale
 
 
-@pytest.mark.parametrize(
-    "vocab, group, rows",
-    [(1, 512, 64), (63, 512, 64), (64, 512, 64), (65, 512, 64), (VOCAB, 512, 64), (101, 7, 3),
-     (101, 3, 7), (101, 1, 1), (101, 40, 40), (101, 39, 13)],
-)
+@pytest.mark.parametrize("vocab, group, rows", [
+    (1, 512, 64), (63, 512, 64), (64, 512, 64), (65, 512, 64), (VOCAB, 512, 64), (101, 7, 3),
+    (101, 3, 7), (101, 1, 1), (101, 40, 40), (101, 39, 13),
+])
 def test_fused_linear_cross_entropy_is_cross_entropy(monkeypatch, vocab, group, rows):
     """Over exactly the vocabulary, whatever the size of its groups; without gradients too."""
     monkeypatch.setitem(gpt.HEAD_TOKENS, "cpu", group)
@@ -404,10 +403,9 @@ def generated(model: GPT, prompt: torch.Tensor, count: int, **settings) -> list[
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "block_size, prompt_length",
-    [(16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9)],
-)
+@pytest.mark.parametrize("block_size, prompt_length", [
+    (16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9),
+])
 def test_cached_greedy_generation_equals_uncached(block_size, prompt_length, batch):
     model = shaken(dataclasses.replace(TINY, block_size=block_size), std=0.4)
     prompts = random_ids(model.config, batch, prompt_length)
@@ -484,13 +482,12 @@ def test_top_k_and_top_p_draw_as_hugging_face_does(top_k, top_p):
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 1e-46, 5e-324])
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_a_very_small_temperature_takes_the_likeliest(temperature, top_k):
+def test_a_very_small_temperature_takes_the_likeliest_and_a_huge_one_draws_evenly(
+    temperature, top_k
+):
     logits = torch.randn(6, 50)
     assert torch.equal(gpt.draw_token(logits, temperature, top_k), logits.argmax(dim=1))
     assert torch.equal(gpt.draw_token(logits, 1.0, 1), logits.argmax(dim=1))
-
-
-def test_a_huge_temperature_draws_evenly():
     generator = torch.Generator().manual_seed(0)
     token = gpt.draw_token(torch.randn(20_000, 4), 1e308, generator=generator)
     assert_shares(torch.bincount(token) / 20_000, torch.full((4,), 0.25))

@@ -193,19 +193,6 @@ def test_without_a_model_the_line_names_the_way_to_one(refused, monkeypatch, tmp
         assert str(folder / "ckpt.pt") in refused("--checkpoint", str(path))
 
 
-def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
-    torch.manual_seed(0)
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
-    theirs.save_pretrained(tmp_path)
-    prompt = torch.tensor([tokenizer().encode("Once upon a time")])
-    ids = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                          max_new_tokens=12, pad_token_id=END_OF_TEXT)
-    flags = ("--temperature", "0", "--max_new_tokens", "12", "--dtype", "float32")
-    out, _ = story("--checkpoint", str(tmp_path), *flags)
-    assert out == tokenizer().decode(ids[0].tolist()) + "\n"
-
-
 # ---------------------------------------------------------------------------- A Hugging Face folder
 
 
