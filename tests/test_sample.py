@@ -92,7 +92,7 @@ def stdin(monkeypatch, content: bytes) -> None:
 
 
 def command(*argv: str, **options: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SAMPLE, *argv], capture_output=True, timeout=60,
+    return subprocess.run([sys.executable, SAMPLE, *argv], capture_output=True, timeout=120,
                           **options)
 
 
