@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -78,19 +79,15 @@ def test_a_preset_sets_some_fields_and_flags_win_over_it():
     assert config("--max_iters", "7", "--preset", "demo") == dataclasses.replace(demo, max_iters=7)
 
 
-@pytest.mark.parametrize(
-    "dataset, folder",
-    [
-        ("roneneldan/TinyStories", "data/TinyStories"), ("toy", "data/toy"), ("a/b.txt", "data/b"),
-        ("/a/train.txt", "data/train"), ("x.jsonl", "data/x"), ("../stories/", "data/stories"),
-        ("v1.5", "data/v1.5"),
-    ],
-)
+@pytest.mark.parametrize("dataset, folder", [
+    ("roneneldan/TinyStories", "data/TinyStories"), ("toy", "data/toy"), ("a/b.txt", "data/b"),
+    ("/a/train.txt", "data/train"), ("x.jsonl", "data/x"), ("../stories/", "data/stories"),
+    ("v1.5", "data/v1.5"),
+])
 def test_default_folders_have_the_names_of_dataset_and_preset(dataset, folder):
     assert Config(dataset=dataset).data_dir == folder
     assert config("--dataset", dataset, "--out_dir", "elsewhere").data_dir == folder
-    c = Config.from_preset("demo")
-    assert (c.data_dir, c.out_dir, c.plot_dir) == ("data/toy", "out/demo", "plots")
+    assert Config.from_preset("demo").out_dir == "out/demo"
 
 
 # ------------------------------------------------------------------------------------------- Values
@@ -109,31 +106,18 @@ def test_every_field_is_a_flag_that_takes_its_own_default(field):
     assert parsed == {field.name: value} and type(parsed[field.name]) is type(value)
 
 
-def test_the_vocabulary_is_gpt2s_and_no_flag():
-    """It is a field for the models from elsewhere."""
-    assert "unknown flag --vocab_size" in refused("--vocab_size", "50257")
-    assert Config(vocab_size=1000).vocab_size == 1000
-
-
-@pytest.mark.parametrize(
-    "argv, settings",
-    [
-        ("", {}), ("--bias True", dict(bias=True)), ("--bias=FALSE", dict(bias=False)),
-        ("--compile False", dict(compile="false")), ("--learning_rate 1", dict(learning_rate=1.0)),
-        ("--max_iters 1e4", dict(max_iters=10_000)), ("--max_iters=2.0", dict(max_iters=2)),
-        ("--max_iters +7", dict(max_iters=7)), (f"--seed {2**63 - 1}", dict(seed=2**63 - 1)),
-        ("--seed 1 --seed 2", dict(seed=2)), ("--seed=5 --eps=1e-6", dict(seed=5, eps=1e-6)),
-        ("--preset reference --preset demo", dict(preset="demo")),
-    ],
-)
+@pytest.mark.parametrize("argv, settings", [
+    ("", {}), ("--bias True", dict(bias=True)), ("--bias=FALSE", dict(bias=False)),
+    ("--compile False", dict(compile="false")), ("--learning_rate 1", dict(learning_rate=1.0)),
+    ("--max_iters 1e4", dict(max_iters=10_000)), ("--max_iters=2.0", dict(max_iters=2)),
+    ("--max_iters +7", dict(max_iters=7)), (f"--seed {2**63 - 1}", dict(seed=2**63 - 1)),
+    ("--seed 1 --seed 2", dict(seed=2)), ("--seed=5 --eps=1e-6", dict(seed=5, eps=1e-6)),
+    ("--preset reference --preset demo", dict(preset="demo")),
+])
 def test_what_is_typed_is_understood(argv, settings):
     parsed = overrides_in(*argv.split())
     assert parsed == settings
     assert all(type(parsed[name]) is type(value) for name, value in settings.items())
-
-
-def test_a_whole_number_in_a_field_of_numbers_becomes_one():
-    assert type(Config(grad_clip=1).grad_clip) is float
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
@@ -171,52 +155,37 @@ def test_a_value_that_cannot_be_is_refused_with_its_name(flag, text):
     assert text in line or repr(float(text)) in line  # -1e-4 may be told as -0.0001
 
 
-@pytest.mark.parametrize("flag, allowed", [("gelu", "tanh"), ("dtype", "bfloat16"),
-                                           ("compile", "auto")])
-def test_a_refused_choice_is_answered_with_the_choices(flag, allowed):
-    assert allowed in refused(f"--{flag}", "nonsense")
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("n_layer", 1.0), ("n_layer", True), ("n_layer", "6"), ("n_layer", None),
-        ("learning_rate", "1e-4"), ("learning_rate", True), ("learning_rate", math.nan),
-        ("bias", 1), ("bias", None), ("gelu", None), ("data_dir", 3), ("preset", 5),
-        ("dtype", "float8"), ("lr_decay_iters", 5.0), ("vocab_size", 65537), ("vocab_size", 0),
-    ],
-)
+@pytest.mark.parametrize("name, value", [
+    ("n_layer", 1.0), ("n_layer", True), ("n_layer", "6"), ("n_layer", None),
+    ("learning_rate", "1e-4"), ("learning_rate", True), ("learning_rate", math.nan),
+    ("bias", 1), ("bias", None), ("gelu", None), ("data_dir", 3), ("preset", 5),
+    ("dtype", "float8"), ("lr_decay_iters", 5.0), ("vocab_size", 65537), ("vocab_size", 0),
+])
 def test_a_config_built_in_python_is_checked_as_well(name, value):
     line = conftest.refusal(Config, **{name: value})
     assert name in line and repr(value) in line
+    assert type(Config(grad_clip=1).grad_clip) is float and Config(vocab_size=9).vocab_size == 9
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ("--n_embd 30 --n_head 4", ["n_head", "4", "n_embd", "30"]),
-        ("--lr_decay_iters 999", ["lr_decay_iters", "999", "warmup_iters", "1000"]),
-        ("--warmup_iters 50 --max_iters 60 --lr_decay_iters 40",
-         ["lr_decay_iters", "40", "warmup_iters", "50"]),
-    ],
-)
+@pytest.mark.parametrize("argv, words", [
+    ("--n_embd 30 --n_head 4", "n_head 4 n_embd 30"),
+    ("--lr_decay_iters 999", "lr_decay_iters 999 warmup_iters 1000"),
+    ("--warmup_iters 50 --max_iters 60 --lr_decay_iters 40", "lr_decay_iters 40 warmup_iters 50"),
+])
 def test_a_combination_that_cannot_be_is_refused_with_names_and_values(argv, words):
     line = refused(*argv.split())
-    assert all(word in line for word in words)
+    assert all(word in line for word in words.split())
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "--max_iters 100",  # below warmup_iters
-        "--max_iters 100 --lr_decay_iters 10000", "--lr_decay_iters 5000",
-        "--lr_decay_iters 1000", "--warmup_iters 0 --lr_decay_iters 1", "--warmup_iters 10000",
-        "--device_batch_size 100000", "--eval_interval 20000", "--eval_windows 1000000",
-        "--min_lr 0 --weight_decay 0 --grad_clip 0",
-        "--dropout 0 --beta1 0 --beta2 0 --warmup_start_factor 0",
-        "--device cuda:3 --dtype float16 --compile true",  # whether they are there is found later
-    ],
-)
+@pytest.mark.parametrize("argv", [
+    "--max_iters 100",  # below warmup_iters
+    "--max_iters 100 --lr_decay_iters 10000", "--lr_decay_iters 5000",
+    "--lr_decay_iters 1000", "--warmup_iters 0 --lr_decay_iters 1", "--warmup_iters 10000",
+    "--device_batch_size 100000", "--eval_interval 20000", "--eval_windows 1000000",
+    "--min_lr 0 --weight_decay 0 --grad_clip 0",
+    "--dropout 0 --beta1 0 --beta2 0 --warmup_start_factor 0",
+    "--device cuda:3 --dtype float16 --compile true",  # whether they are there is found later
+])
 def test_unusual_values_that_make_sense_are_taken(argv):
     config(*argv.split())
 
@@ -224,67 +193,48 @@ def test_unusual_values_that_make_sense_are_taken(argv):
 # -------------------------------------------------------------------------------------------- Flags
 
 
-@pytest.mark.parametrize(
-    "argv, guess",
-    [
-        ("--learning-rate 1e-4", "--learning_rate"), ("--batchsize 3", "--batch_size"),
-        ("--resum", "--resume"), ("--max_itres=3", "--max_iters"),
-        ("--preset refrence", "reference"), ("--preset demos", "demo"),
-        ("--dtype float61", "float16"), ("--gelu exakt", "exact"), ("--compile ture", "true"),
-        ("--bias flase", "false"),
-        # Names that people bring from elsewhere.
-        ("--lr 1", "--learning_rate?"), ("--epochs 1", "--max_epochs?"),
-        ("--num-epochs 1", "--max_epochs?"), ("--steps 1", "--max_iters?"),
-        ("--batch 1", "--batch_size?"), ("--ctx 1", "--block_size?"), ("--wandb", "--tensorboard?"),
-        ("--wd 1", "--weight_decay?"), ("--output_dir x", "--out_dir?"),
-        ("--eval_iters 9", "--eval_windows?"), ("--wandb_log", "--tensorboard?"),
-        # A flag of another script, and words that are close to none.
-        ("--val_fraction 0.1", "a flag of prepare_data.py"), ("--top_k 5", "a flag of sample.py"),
-        ("--rope", "--rope (--help"), ("--zloss", "--zloss (--help"),
-    ],
-)
-def test_what_is_unknown_is_answered_with_the_nearest_real_one(argv, guess):
-    assert guess in refused(*argv.split())
+@pytest.mark.parametrize("argv, words", [
+    ("--learning-rate 1e-4", "--learning_rate"), ("--batchsize 3", "--batch_size"),
+    ("--resum", "unknown flag --resum, did you mean --resume"), ("--max_itres=3", "--max_iters"),
+    ("--preset refrence", "reference"), ("--preset demos", "demo"),
+    ("--preset nothing", ", ".join(PRESETS)),
+    ("--dtype float61", "float16"), ("--dtype nonsense", "bfloat16"),
+    ("--gelu exakt", "exact"), ("--gelu nonsense", "tanh"),
+    ("--compile ture", "true"), ("--compile nonsense", "auto"), ("--bias flase", "false"),
+    # Names that people bring from elsewhere.
+    ("--lr 1", "--learning_rate?"), ("--epochs 1", "--max_epochs?"),
+    ("--num-epochs 1", "--max_epochs?"), ("--steps 1", "--max_iters?"),
+    ("--batch 1", "--batch_size?"), ("--ctx 1", "--block_size?"), ("--wandb", "--tensorboard?"),
+    ("--wd 1", "--weight_decay?"), ("--output_dir x", "--out_dir?"),
+    ("--eval_iters 9", "--eval_windows?"), ("--wandb_log", "--tensorboard?"),
+    # A flag of another script, and words that are close to none.
+    ("--val_fraction 0.1", "a flag of prepare_data.py"), ("--top_k 5", "a flag of sample.py"),
+    ("--rope", "--rope (--help"), ("--zloss", "--zloss (--help"),
+    # Flags cut short, and the one that is a field but no flag.
+    ("--learning 1", "unknown flag --learning"), ("--max_it 3", "unknown flag --max_it"),
+    ("--over", "unknown flag --over"), ("--prese demo", "unknown flag --prese"),
+    ("--n_l=3", "unknown flag --n_l"), ("--vocab_size 50257", "unknown flag --vocab_size"),
+    # Command lines of another form.
+    ("--max_iters", "max_iters"), ("--preset", "preset"), ("--out_dir --resume", "out_dir"),
+    ("stray", "stray"), ("--resume=true", "resume"), ("--preset tuneddd", "preset"),
+    ("--preset=", "preset"), ("--overwrite --resume", "overwrite"),
+    ("--eval_only --resume", "eval_only"),
+])
+def test_what_is_not_understood_is_one_line_with_the_nearest_that_is(argv, words):
+    assert words in refused(*argv.split())
 
 
-@pytest.mark.parametrize(
-    "abbreviation", ["--learning 1", "--max_it 3", "--resum", "--over", "--prese demo", "--n_l=3"]
-)
-def test_abbreviated_flags_are_refused(abbreviation):
-    assert f"unknown flag {abbreviation.split()[0].split('=')[0]}" in refused(*abbreviation.split())
-
-
-@pytest.mark.parametrize(
-    "argv",
-    ["--max_iters", "--preset", "--out_dir --resume", "stray", "--resume=true", "--preset tuneddd",
-     "--preset=", "--overwrite --resume", "--eval_only --resume"],
-)
-def test_a_malformed_command_line_is_one_line(argv):
-    assert argv.split()[0].split("=")[0].lstrip("-") in refused(*argv.split())
-
-
-def test_help_lists_every_flag_with_its_default(capsys):
+def test_help_has_every_flag_under_its_heading(capsys):
     text = help_of(capsys)
-    _, *entries = text.split("\n  --")
-    entries = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
-    told = defaults_in(text)
-    for field in FLAGS:
-        assert len(entries[field.name].split()) > 4, f"{field.name} has no help"
-        if field.default is not None:
-            assert told[field.name] == text_of(field.default)
-    assert entries.keys() > {"resume", "overwrite", "eval_only"} and "vocab_size" not in entries
-
-
-def test_help_is_grouped_as_config_py_is(capsys):
-    text = help_of(capsys)
-    flags = [line.split()[0][2:] for line in text.splitlines() if line.startswith("  --")]
+    flags = re.findall(r"(?m)^  --(\w+) ", text)
     assert flags[-len(FLAGS) :] == [field.name for field in FLAGS]
-    groups = {"model": "n_layer", "data": "crops", "batch": "max_iters",
-              "learning rate": "embedding_lr_mult", "optimizer": "grad_clip",
-              "evaluation": "eval_windows", "run": "checkpoint_minutes"}
-    parts = text.split("\n\n")[-len(groups) - 1 : -1]  # examples come last
-    for part, (title, name) in zip(parts, groups.items(), strict=True):
-        assert part.startswith(f"{title}:\n") and f"\n  --{name} " in part
+    assert {"resume", "overwrite", "eval_only"} < {*flags}
+    for title, name in (
+        ("model", "n_layer"), ("data", "crops"), ("batch", "max_iters"),
+        ("learning rate", "embedding_lr_mult"), ("optimizer", "grad_clip"),
+        ("evaluation", "eval_windows"), ("run", "checkpoint_minutes"),
+    ):
+        assert re.search(rf"\n\n{title}:\n(.+\n)*  --{name} ", text), title
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -314,31 +264,13 @@ def test_the_default_preset_is_what_train_py_trains_without_a_preset(monkeypatch
     assert defaults_in(help_of(capsys, "--preset", "reference"))["n_layer"] == "6"
 
 
-def test_a_default_preset_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(config_module, "DEFAULT_PRESET", "tunde")
-    for argv in ((), ("--max_iters", "3")):
-        line = refused(*argv)
-        assert "tunde" in line and "tuned?" in line
-
-
-def test_a_preset_that_is_not_there_is_refused_with_the_nearest():
-    line = conftest.refusal(Config.from_preset, "refrence")
-    assert "refrence" in line and "reference?" in line
-    line = conftest.refusal(Config.from_preset, "nothing")
-    assert "nothing" in line and all(name in line for name in PRESETS)
-
-
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        (dict(max_itres=5), ("'mine'", "'max_itres'", "max_iters?")),
-        (dict(n_layer=0), ("n_layer", "0")), (dict(beta2="0.9"), ("beta2", "'0.9'")),
-        (dict(gelu="relu"), ("gelu", "exact", "tanh")),
-        (dict(n_head=5), ("n_head 5", "n_embd 384")), (dict(preset="demo"), ("preset",)),
-        (dict(max_iters=1e3), ("max_iters", "1000.0")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings, words", [
+    (dict(max_itres=5), ("'mine'", "'max_itres'", "max_iters?")),
+    (dict(n_layer=0), ("n_layer", "0")), (dict(beta2="0.9"), ("beta2", "'0.9'")),
+    (dict(gelu="relu"), ("gelu", "exact", "tanh")),
+    (dict(n_head=5), ("n_head 5", "n_embd 384")), (dict(preset="demo"), ("preset",)),
+    (dict(max_iters=1e3), ("max_iters", "1000.0")),
+], ids=str)
 def test_a_preset_with_a_misspelt_setting_or_an_impossible_value_is_one_line(
     monkeypatch, settings, words
 ):
@@ -361,14 +293,6 @@ for preset in ("reference", "tuned", "demo"):
     assert run_script(tmp_path, "-c", code).stdout == "500 1e-07\n40000 1e-07\n240 1e-08\n"
 
 
-def test_an_impossible_default_is_one_line(tmp_path):
-    edit_config(tmp_path, max_iters=-5)
-    code = "import config; config.cli(lambda argv: print(config.Config()))"
-    done = run_script(tmp_path, "-c", code)
-    assert done.status == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: max_iters -5 ") and done.stderr.count("\n") == 1
-
-
 HEADS = 'n_head: int = setting(6, "attention heads in each block", low=1)'
 EDITS = {  # an edit by hand, and what `train.py --help` or an error says of it
     "a plain value": (HEADS, "n_head: int = 8", "--n_head N"),
@@ -381,8 +305,11 @@ EDITS = {  # an edit by hand, and what `train.py --help` or an error says of it
     "a deleted field": (HEADS, "", "config.py has no setting n_head"),
     "a preset that is no dict": ('"reference": {},', '"reference": {}, "mine": "demo",',
                                  "the preset 'mine' must be a dict"),
-    "a default preset that is gone": ('DEFAULT_PRESET = "reference"', 'DEFAULT_PRESET = "mine"',
-                                      "DEFAULT_PRESET in config.py 'mine'"),
+    "a default preset that is gone": ('DEFAULT_PRESET = "reference"', 'DEFAULT_PRESET = "tunde"',
+                                      "DEFAULT_PRESET in config.py 'tunde' is not known, did you "
+                                      "mean tuned?"),
+    "an impossible value": ("max_iters: int = setting(10_000", "max_iters: int = setting(-5",
+                            "max_iters -5 "),
 }
 
 
@@ -413,97 +340,53 @@ config.cli(main)
         assert len(done.stderr) < 200
 
 
-@pytest.fixture
-def model_of_mine(tmp_path, monkeypatch) -> Path:
-    """A model.pt made with a preset that has been removed since."""
-    small = dict(n_layer=1, n_head=1, n_embd=8, block_size=8)
-    monkeypatch.setitem(PRESETS, "mine", small)
-    made = Config.from_preset("mine", beta1=0.8)
-    path = tmp_path / "out" / "mine" / "model.pt"
-    path.parent.mkdir(parents=True)
-    model.save_file(path, made, model.GPT(made), iteration=3)
-    monkeypatch.delitem(PRESETS, "mine")
-    return path
-
-
-def test_a_model_can_be_loaded_when_its_preset_is_gone(model_of_mine):
-    assert "mine" in refused("--preset", "mine")
-    loaded = model.load_model(str(model_of_mine))
+@pytest.mark.usefixtures("one_thread", "signals")
+def test_a_run_and_its_model_outlive_its_preset(tmp_path, monkeypatch, capsys):
+    conftest.write_tales(tmp_path / "tales.txt", 0, 60)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as edited:
+        edited.setitem(PRESETS, "mine", dict(
+            dataset="tales.txt", n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2,
+            gradient_accumulation_steps=1, max_iters=2, eval_windows=4, warmup_iters=0, beta1=0.8,
+            device="cpu", dtype="float32", compile="false"))
+        assert "changed: " not in conftest.main(preset="mine")[1]
+    assert "'mine'" in conftest.refusal(conftest.main, preset="mine")
+    shutil.copytree("out/mine", "out/copy")  # this process holds out/mine
+    _, told = conftest.main("--resume", out_dir="out/copy", max_iters=4)
+    for words in ("settings it began with", "going on from iteration 2"):
+        assert words in told
+    scored, _ = conftest.main("--eval_only", out_dir="out/copy")
+    assert scored.startswith("validation loss")
+    sample.main(["--checkpoint", "out/mine/model.pt", "--max_new_tokens", "3", "--device", "cpu"])
+    assert "out/mine/model.pt" in capsys.readouterr().err
+    loaded = model.load_model("out/mine/model.pt")
     assert loaded.config.preset == "mine" and loaded.config.beta1 == 0.8
-    assert conftest.same(loaded.state_dict(), model.load_file(model_of_mine)["model"])
-
-
-def test_a_run_can_start_from_a_model_whose_preset_is_gone(model_of_mine):
-    overrides = overrides_in("--init_from", str(model_of_mine), "--preset", "demo")
+    weights = model.load_file(Path("out/mine/model.pt"))["model"]
+    assert conftest.same(loaded.state_dict(), weights)
+    overrides = overrides_in("--init_from", "out/mine/model.pt", "--preset", "demo")
     started, source = new_config(overrides, "overwrite")
     assert (started.preset, started.n_embd) == ("demo", 8) and source.config.preset == "mine"
-
-
-def test_a_run_can_be_resumed_and_scored_when_its_preset_is_gone(tmp_path):
-    """In a copied tree whose config.py is edited, as a user would."""
-    tree = tmp_path / "tree"
-    (tree / "plots").mkdir(parents=True)
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("plots/*.py"), *ROOT.glob("plots/*.csv")]:
-        shutil.copy(file, tree / file.relative_to(ROOT))
-    conftest.write_tales(tree / "tales.txt", 0, 60)
-    with open(tree / "config.py", "a") as file:
-        file.write("""
-PRESETS["mine"] = dict(
-    dataset="tales.txt", n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2,
-    gradient_accumulation_steps=1, max_iters=2, eval_windows=4, warmup_iters=0,
-    device="cpu", dtype="float32", compile="false",
-)
-""")
-    begun = run_script(tree, tree / "train.py", "--preset", "mine")
-    assert begun.status == 0, begun.stderr
-    assert "changed: " not in begun.stderr
-    shutil.copy(ROOT / "config.py", tree)
-    refused = run_script(tree, tree / "train.py", "--preset", "mine")
-    assert refused.status == 2 and "'mine'" in refused.stderr.splitlines()[-1]
-    where = ("--out_dir", "out/mine")
-    resumed = run_script(tree, tree / "train.py", "--resume", *where, "--max_iters", 4)
-    assert resumed.status == 0, resumed.stderr
-    for words in ("settings it began with", "going on from iteration 2"):
-        assert words in resumed.stderr
-    scored = run_script(tree, tree / "train.py", "--eval_only", *where)
-    assert scored.status == 0 and scored.stdout.startswith("validation loss"), scored.stderr
-    story = run_script(tree, tree / "sample.py", "--max_new_tokens", 3, "--device", "cpu")
-    assert story.status == 0 and "out/mine/model.pt" in story.stderr, story.stderr
 
 
 # ----------------------------------------- Errors become one line; files appear whole or not at all
 
 CLI = "import config\ndef main(argv):\n    {}\nconfig.cli(main)"
+HALVE = "error: out of memory: halve --device_batch_size .*--num_samples.*\n"
 
 
-@pytest.mark.parametrize(
-    "action, status, error",
-    [
-        ("raise config.UserError('two\\nlines')", 2, "error: two lines\n"),
-        ("open('/nonexistent/file')", 2, "error: No such file or directory: /nonexistent/file\n"),
-        ("raise OSError('the disk is\\nfull')", 2, "error: the disk is full\n"),
-        ("raise KeyboardInterrupt", 130, "\n"), ("raise BrokenPipeError", 1, ""),
-        ("print('fine')", 0, ""),
-    ],
-)
-def test_cli_turns_what_goes_wrong_into_a_line_and_a_status(action, status, error):
-    done = run_script(ROOT, "-c", CLI.format(action))
-    assert (done.status, done.stderr) == (status, error)
-
-
-@pytest.mark.parametrize("action", [
-    "raise MemoryError", "raise RuntimeError('[enforce fail] can\\'t allocate memory')",
-    "raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')",
+@pytest.mark.parametrize("action, status, stderr", [
+    ("raise config.UserError('two\\nlines')", 2, "error: two lines\n"),
+    ("open('/nonexistent/file')", 2, "error: No such file or directory: /nonexistent/file\n"),
+    ("raise OSError('the disk is\\nfull')", 2, "error: the disk is full\n"),
+    ("raise KeyboardInterrupt", 130, "\n"), ("raise BrokenPipeError", 1, ""),
+    ("print('fine')", 0, ""), ("raise MemoryError", 2, HALVE),
+    ("raise RuntimeError('[enforce fail] can\\'t allocate memory')", 2, HALVE),
+    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", 2, HALVE),
+    ("raise RuntimeError('a bug')", 1, r"(?s)Traceback.*\nRuntimeError: a bug\n"),
 ])
-def test_memory_that_runs_out_is_one_line_that_says_what_to_halve(action):
+def test_cli_turns_what_goes_wrong_into_a_line_and_a_status(action, status, stderr):
     done = run_script(ROOT, "-c", CLI.format(action))
-    assert done.status == 2 and done.stderr.count("\n") == 1
-    assert "--device_batch_size" in done.stderr and "--num_samples" in done.stderr
-
-
-def test_another_runtime_error_is_not_called_memory():
-    done = run_script(ROOT, "-c", CLI.format("raise RuntimeError('a bug')"))
-    assert done.status == 1 and done.stderr.endswith("RuntimeError: a bug\n")
+    assert done.status == status and re.fullmatch(stderr, done.stderr)
 
 
 def test_atomic_write_replaces_the_old_file(tmp_path):

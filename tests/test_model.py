@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refusal, snapshot
+from conftest import refusal, same, snapshot
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -58,8 +58,7 @@ def in_hugging_face(model: GPT) -> GPT2LMHeadModel:
     settings = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, activation_function={"exact": "gelu", "tanh": "gelu_new"}[c.gelu],
-        attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout,
-    )
+        attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
     theirs = GPT2LMHeadModel(settings)
     # A bias we lack is zero.
     weights = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()}
@@ -82,8 +81,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
-# ------------------------------------------------------------------------------------------
-# The network
+# -------------------------------------------------------------------------------------- The network
 
 
 @pytest.mark.parametrize("changes", [{}, {"gelu": "tanh"}, {"bias": False}], ids=str)
@@ -241,8 +239,7 @@ def test_a_model_begins_with_the_first_vectors_it_is_told():
         assert torch.equal(plain[name], subword[name]), name
 
 
-# ------------------------------------------------------------------------------------------
-# The loss
+# ----------------------------------------------------------------------------------------- The loss
 
 
 def head_inputs(rows: int = 40, width: int = 32, vocab: int = VOCAB, device: str = "cpu"):
@@ -266,11 +263,10 @@ def loss_and_gradients(function, x, weight, targets, scale: float = 1.0):
     return loss.detach(), dx / scale, dw / scale
 
 
-@pytest.mark.parametrize(
-    "vocab, group, rows",
-    [(1, 512, 64), (63, 512, 64), (64, 512, 64), (65, 512, 64), (VOCAB, 512, 64), (101, 7, 3),
-     (101, 3, 7), (101, 1, 1), (101, 40, 40), (101, 39, 13)],
-)
+@pytest.mark.parametrize("vocab, group, rows", [
+    (1, 512, 64), (63, 512, 64), (64, 512, 64), (65, 512, 64), (VOCAB, 512, 64), (101, 7, 3),
+    (101, 3, 7), (101, 1, 1), (101, 40, 40), (101, 39, 13),
+])
 def test_fused_linear_cross_entropy_is_cross_entropy(monkeypatch, vocab, group, rows):
     """Over exactly the vocabulary, whatever the size of its groups; without gradients too."""
     monkeypatch.setitem(gpt.HEAD_TOKENS, "cpu", group)
@@ -363,8 +359,7 @@ def test_float16_holds_the_gradient_of_thousands_of_like_tokens(monkeypatch, ali
         assert mine.isfinite().all() and distance(mine, other) < 5e-3
 
 
-# ------------------------------------------------------------------------------------------
-# Compilation
+# -------------------------------------------------------------------------------------- Compilation
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -400,8 +395,7 @@ def test_on_cuda_the_compiled_softmax_holds_the_logits_once_and_gives_the_same_g
     close(ours, whole)
 
 
-# ------------------------------------------------------------------------------------------
-# Generation
+# --------------------------------------------------------------------------------------- Generation
 
 
 @torch.no_grad()
@@ -426,10 +420,9 @@ def generated(model: GPT, prompt: torch.Tensor, count: int, **settings) -> list[
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "block_size, prompt_length",
-    [(16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9)],
-)
+@pytest.mark.parametrize("block_size, prompt_length", [
+    (16, 1), (16, 5), (16, 15), (16, 16), (16, 40), (1, 1), (1, 3), (2, 1), (5, 2), (5, 9),
+])
 def test_cached_greedy_generation_equals_uncached(block_size, prompt_length, batch):
     model = shaken(dataclasses.replace(TINY, block_size=block_size), std=0.4)
     prompts = random_ids(model.config, batch, prompt_length)
@@ -471,56 +464,50 @@ def draws(model: GPT, count: int, **settings) -> torch.Tensor:
     return torch.bincount(tokens, minlength=model.config.vocab_size) / count
 
 
-def assert_shares(shares: torch.Tensor, expected: torch.Tensor, count: int) -> None:
-    """Five standard errors: fails by chance once in a million."""
-    assert (shares - expected).abs().le(5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+def assert_shares(shares: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of 20,000 draws, within five standard errors: fails by chance once in a million."""
+    error = (expected * (1 - expected) / 20_000).sqrt()
+    assert (shares - expected).abs().le(5 * error + 1e-9).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
     model = shaken(dataclasses.replace(TINY, vocab_size=8))
     logits = model(torch.zeros(1, 3, dtype=torch.long))[0, -1].detach()
-    count = 20_000
-    shares = draws(model, count, temperature=temperature)
-    assert_shares(shares, (logits / temperature).softmax(0), count)
+    shares = draws(model, 20_000, temperature=temperature)
+    assert_shares(shares, (logits / temperature).softmax(0))
 
 
-def test_top_k_draws_among_the_k_likeliest_only():
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it():
     model, count = shaken(TINY), TINY.vocab_size
-    logits = model(torch.zeros(1, 3, dtype=torch.long))[0, -1].detach()
-    expected = torch.zeros(count)
-    likeliest = logits.argsort(descending=True)[:3]
-    expected[likeliest] = (logits[likeliest] / 3).softmax(0)
-    assert expected[likeliest].min() > 0.05
-    assert_shares(draws(model, 20_000, temperature=3.0, top_k=3), expected, 20_000)
     for more in (count, count + 1, 10**12):
         assert torch.equal(draws(model, 2000, top_k=more), draws(model, 2000, top_k=0))
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (0, 0.9), (5, 0.7), (0, 1e-9)])
-def test_top_p_draws_as_hugging_face_does(top_k, top_p):
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (0, 0.9), (5, 0.7), (0, 1e-9), (3, 1.0)])
+def test_top_k_and_top_p_draw_as_hugging_face_does(top_k, top_p):
     model = shaken(TINY)
     logits = model(torch.zeros(1, 3, dtype=torch.long))[:, -1].detach() / 3
     warp = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
     warp.append(TopPLogitsWarper(top_p))
     expected = warp(None, logits).softmax(1)[0]
+    assert top_k != 3 or expected[expected > 0].min() > 0.05
     found = draws(model, 20_000, temperature=3.0, top_k=top_k, top_p=top_p)
-    assert_shares(found, expected, 20_000)
+    assert_shares(found, expected)
     assert torch.equal(found > 0, expected > 0)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 1e-46, 5e-324])
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_a_very_small_temperature_takes_the_likeliest(temperature, top_k):
+def test_a_very_small_temperature_takes_the_likeliest_and_a_huge_one_draws_evenly(
+    temperature, top_k
+):
     logits = torch.randn(6, 50)
     assert torch.equal(gpt.draw_token(logits, temperature, top_k), logits.argmax(dim=1))
     assert torch.equal(gpt.draw_token(logits, 1.0, 1), logits.argmax(dim=1))
-
-
-def test_a_huge_temperature_draws_evenly():
     generator = torch.Generator().manual_seed(0)
     token = gpt.draw_token(torch.randn(20_000, 4), 1e308, generator=generator)
-    assert_shares(torch.bincount(token) / 20_000, torch.full((4,), 0.25), 20_000)
+    assert_shares(torch.bincount(token) / 20_000, torch.full((4,), 0.25))
 
 
 def test_the_same_seed_gives_the_same_tokens_and_the_global_generator_is_untouched():
@@ -545,8 +532,7 @@ def test_a_row_that_ended_keeps_yielding_end_of_text_and_all_ended_is_the_end():
     assert generated(model, prompt, 100, generator=seeded[1], end_of_text=last) == expected
 
 
-# ------------------------------------------------------------------------------------------
-# Text
+# --------------------------------------------------------------------------------------------- Text
 
 FOX = "🦊"  # three tokens of GPT-2, none of them a whole character
 
@@ -561,20 +547,12 @@ def test_text_streams_as_whole_characters_as_soon_as_they_are_whole():
     read = []
     streamed = text_of(read.append(token) or token for token in tokens)
     arrived = [(piece, len(read)) for piece in streamed]
-    assert "".join(piece for piece, _ in arrived) == text
-    assert len(tokenizer().encode(FOX)) > 1 and "\ufffd" not in text
+    assert arrived[0] == ("A", 1)  # before the next token is drawn
+    assert "".join(piece for piece, _ in arrived) == text and len(tokenizer().encode(FOX)) > 1
     for i, (_, count) in enumerate(arrived):
         # What the tokens so far spell, an unfinished character left off.
         whole = tokenizer().decode_bytes(tokens[:count]).decode("utf-8", errors="ignore")
         assert "".join(piece for piece, _ in arrived[: i + 1]) == whole
-
-
-def test_a_piece_arrives_before_the_next_token_is_drawn():
-    def tokens():
-        yield tokenizer().encode("A")[0]
-        raise AssertionError("one token was enough")
-
-    assert next(text_of(tokens())) == "A"
 
 
 def test_text_ends_at_end_of_text_and_bytes_that_are_no_character_are_replaced():
@@ -584,8 +562,7 @@ def test_text_ends_at_end_of_text_and_bytes_that_are_no_character_are_replaced()
     assert "".join(text_of([fox[1], A])) == "\ufffdA"
 
 
-# ------------------------------------------------------------------------------------------
-# Files
+# -------------------------------------------------------------------------------------------- Files
 
 
 def refused(path: Path) -> str:
@@ -605,10 +582,8 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     save_file(tmp_path / "model.pt", TINY, model, iteration=7)
     back = load_model(str(tmp_path / "model.pt"))
     assert back.config == TINY and not back.training
-    assert back.state_dict().keys() == model.state_dict().keys()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], weight)
-        assert back.state_dict()[name].dtype == weight.dtype
+    assert same(back.state_dict(), model.state_dict())
+    assert {weight.dtype for weight in back.state_dict().values()} == {torch.float32}
     assert gpt.load_file(tmp_path / "model.pt")["iteration"] == 7
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
@@ -620,34 +595,34 @@ def saved(tmp_path) -> Path:
 
 
 BAD_BYTES = {
-    "empty": b"",
-    "text": b"Once upon a time there was a cat.\n",
-    "json": b'{"format": "tinystories-gpt/1"}',
-    "dots": b".\nwE{Q6sS}l1 Ka)}",
+    "empty": b"", "text": b"Once upon a time there was a cat.\n", "zip": b"PK\x05\x06" + bytes(18),
+    "json": b'{"format": "tinystories-gpt/1"}', "dots": b".\nwE{Q6sS}l1 Ka)}",
     "binary": bytes(range(256)) * 20,
-    "zip": b"PK\x05\x06" + bytes(18),
+}
+NOT_OURS = {
+    "no format": {"model": {}}, "another format": {"format": "other/1"}, "list": [1, 2],
+    "tensor": torch.zeros(3), "weights": {"transformer.wte.weight": torch.zeros(2, 2)},
 }
 
 
-@pytest.mark.parametrize("name", ["missing", *BAD_BYTES])
-def test_a_file_that_is_missing_or_no_checkpoint_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["missing", *BAD_BYTES, *NOT_OURS])
+def test_a_file_that_is_missing_or_no_checkpoint_of_ours_is_refused(tmp_path, name):
     if name in BAD_BYTES:
         (tmp_path / "x.pt").write_bytes(BAD_BYTES[name])
+    if name in NOT_OURS:
+        torch.save(NOT_OURS[name], tmp_path / "x.pt")
     assert "x.pt" in refused(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_a_truncated_checkpoint_is_refused(saved, share):
+def test_a_truncated_checkpoint_and_one_with_a_flipped_bit_are_refused(saved, share):
     whole = saved.read_bytes()
-    saved.write_bytes(whole[: int(share * len(whole))])
+    place = int(share * len(whole))
+    saved.write_bytes(whole[:place])
     assert "model.pt" in refused(saved)
-
-
-def test_a_checkpoint_with_a_flipped_bit_in_its_weights_is_refused(saved):
-    content = bytearray(saved.read_bytes())
-    content[len(content) // 2] ^= 1
-    saved.write_bytes(content)
-    assert "damaged" in refused(saved)
+    if share == 0.5:  # in its weights
+        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert "damaged" in refused(saved)
 
 
 class Bomb:
@@ -663,16 +638,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, writ
     write({"format": gpt.FORMAT, "bomb": Bomb(tmp_path / "ran")}, tmp_path / "x.pt")
     assert "x.pt" in refused(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [{"model": {}}, {"format": "other/1"}, [1, 2], torch.zeros(3),
-     {"transformer.wte.weight": torch.zeros(2, 2)}],
-)
-def test_a_torch_file_that_is_not_ours_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    assert "x.pt" in refused(tmp_path / "x.pt")
 
 
 WRONG_CONTENTS = {
@@ -697,8 +662,7 @@ def test_a_checkpoint_with_wrong_contents_is_refused(saved, reason):
         assert "model.pt" in line and reason in line
 
 
-# ------------------------------------------------------------------------------------------
-# Hugging Face's files
+# ----------------------------------------------------------------------------- Hugging Face's files
 
 
 @pytest.fixture
@@ -715,15 +679,13 @@ def test_a_hugging_face_folder_gives_the_same_logits(tmp_path, gelu):
     settings = GPT2Config(activation_function=gelu, initializer_range=0.2, **sizes)
     theirs = GPT2LMHeadModel(settings).eval()
     theirs.save_pretrained(tmp_path)
-    ours = load_model(str(tmp_path))
-    idx = random_ids(TINY)
+    ours, idx = load_model(str(tmp_path)), random_ids(TINY)
     assert not ours.training
     close(ours(idx), theirs(idx).logits)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"gelu": "exact"}, {"gelu": "tanh", "dropout": 0.2}, {"bias": False}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"gelu": "tanh", "dropout": 0.2}, {"bias": False}],
+                         ids=str)
 @torch.no_grad()
 def test_an_export_gives_the_same_logits_and_comes_back_bit_for_bit(tmp_path, changes):
     model = shaken(dataclasses.replace(TINY, **changes))
@@ -750,13 +712,12 @@ def test_a_model_of_another_kind_or_an_empty_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("keep", [None, 0, -1000])
-def test_a_damaged_hugging_face_folder_is_refused(folder, name, keep):
-    file = folder / name
-    content = file.read_bytes()
-    file.unlink()
-    if keep is not None:
-        file.write_bytes(content[:keep])
+def test_a_damaged_hugging_face_folder_is_refused(folder, name):
+    content = (folder / name).read_bytes()
+    for kept in (content[:-1000], b""):
+        (folder / name).write_bytes(kept)
+        assert "gpt2" in refused(folder)
+    (folder / name).unlink()
     assert "gpt2" in refused(folder)
 
 
@@ -768,9 +729,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("field", UNFIT)
 def test_a_hugging_face_config_that_does_not_fit_is_refused(folder, field):
-    """A layer missing from the file among them: transformers would make it up and say so in a
-    table.
-    """
+    """A layer missing from the file too: transformers would make it up and say so in a table."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: UNFIT[field]}))
     refused(folder)
@@ -798,8 +757,7 @@ def test_a_model_that_is_no_gpt2_is_not_exported(reason):
     assert re.search(f"cannot be a GPT-2.*{reason}", refusal(to_hugging_face, model))
 
 
-# ------------------------------------------------------------------------------------------
-# Devices
+# ------------------------------------------------------------------------------------------ Devices
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cpu:1", "meta", "cuda:x", "cuda:-1", "cuda:",

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import config
 from config import Config
 
 import pytest
 import torch
+from conftest import refusal
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
@@ -32,9 +32,9 @@ FOX = "🦊"  # three tokens of GPT-2, none of them a whole character
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def random_model(path: Path, settings: Config = TINY) -> str:
+def random_model(path: Path, settings: Config = TINY, **state: Any) -> str:
     torch.manual_seed(0)
-    save_file(path, settings, GPT(settings))
+    save_file(path, settings, GPT(settings), **state)
     return str(path)
 
 
@@ -57,8 +57,11 @@ def parrot(path: Path, prompt: str, *tokens: int) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A model that has learnt nothing: every seed tells another story."""
-    return random_model(tmp_path_factory.mktemp("sample") / "model.pt")
+    """A model that has learnt nothing: every seed tells another story. It has a training state
+    beside its weights.
+    """
+    state = dict(optimizer={"state": {0: torch.zeros(2)}}, iteration=3)
+    return random_model(tmp_path_factory.mktemp("sample") / "ckpt.pt", **state)
 
 
 @pytest.fixture
@@ -73,36 +76,27 @@ def story(capsys):
 
 
 @pytest.fixture
-def refusal(capsys, monkeypatch):
-    """Calls sample.py as the shell does: the one line it refuses with."""
+def refused(capsys):
+    """Calls sample.py's main: the one line it refuses with; nothing is on stdout."""
 
     def call(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-        with pytest.raises(SystemExit) as end:
-            config.cli(sample.main)
-        out, err = capsys.readouterr()
-        assert end.value.code == 2 and out == ""
-        return the_error(err)
+        line = refusal(sample.main, [*argv])
+        assert capsys.readouterr().out == ""
+        return line
 
     return call
-
-
-def the_error(stderr: str) -> str:
-    assert re.fullmatch(r"error: [^\n]+\n", stderr), stderr
-    return stderr
 
 
 def stdin(monkeypatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
 
-def command(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SAMPLE, *argv], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | environment, timeout=60)
+def command(*argv: str, **options: Any) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SAMPLE, *argv], capture_output=True, timeout=120,
+                          **options)
 
 
-# ------------------------------------------------------------------------------------------
-# Text
+# --------------------------------------------------------------------------------------------- Text
 
 
 def test_stdout_holds_the_prompt_and_its_continuation_and_stops_at_end_of_text(story, tmp_path):
@@ -125,18 +119,15 @@ def test_several_samples_are_whole_in_order_and_a_line_between(story, checkpoint
 
 
 @pytest.mark.parametrize("count", ["1", "3"])
-def test_the_same_seed_tells_the_same_story_and_another_seed_another(story, checkpoint, count):
-    flags = ("--checkpoint", checkpoint, "--num_samples", count, "--max_new_tokens", "40")
-    first, again, other = (story(*flags, "--seed", seed)[0] for seed in "112")
-    assert first == again != other
-
-
-def test_a_random_seed_is_told_and_gives_the_story_again(story, checkpoint):
-    arguments = ["--checkpoint", checkpoint, "--max_new_tokens", "20"]
-    out, err = story(*arguments)
-    seed = re.search(r"seed (\d+)", err)[1]
-    assert story(*arguments, "--seed", seed)[0] == out
-    assert f"seed {seed}" not in story(*arguments)[1]
+def test_a_seed_is_told_and_gives_its_stories_again_and_another_gives_others(
+    story, checkpoint, count
+):
+    flags = ("--checkpoint", checkpoint, "--num_samples", count, "--max_new_tokens", "20")
+    out, err = story(*flags)
+    seed = int(re.search(r"seed (\d+)", err)[1])
+    assert story(*flags, "--seed", str(seed))[0] == out
+    assert story(*flags, "--seed", str(seed + 1))[0] != out
+    assert f"seed {seed}" not in story(*flags)[1]
 
 
 def test_max_new_tokens_bounds_the_continuation(story, tmp_path):
@@ -147,19 +138,13 @@ def test_max_new_tokens_bounds_the_continuation(story, tmp_path):
     assert story(*flags, "0", "--num_samples", "2")[0] == "Count\n---\nCount\n"
 
 
-@pytest.mark.parametrize("content", [b"There was", b"There was\n", b"There was\r\n"])
+@pytest.mark.parametrize("content", [b"There was", b"There was\n", b"There was\r\n",
+                                     b"\xef\xbb\xbfThere was\n"])
 def test_a_prompt_of_a_dash_reads_standard_input(story, monkeypatch, tmp_path, content):
     path = parrot(tmp_path / "model.pt", "There was", *tokenizer().encode(" a cat"), END_OF_TEXT)
     stdin(monkeypatch, content)
     out, _ = story("--checkpoint", path, "--prompt", "-", "--temperature", "0")
     assert out == "There was a cat\n"
-
-
-def test_a_prompt_from_a_real_standard_input_loses_its_last_line_end(checkpoint):
-    flags = ["--prompt", "-", "--checkpoint", checkpoint, "--max_new_tokens", "0"]
-    done = subprocess.run([sys.executable, SAMPLE, *flags], input="Zoë\r\n".encode(),
-                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.stdout == "Zoë\n".encode(), done.stderr
 
 
 @pytest.mark.parametrize("prompt", ["", "a<|endoftext|>b"])  # it starts from end of text; is text
@@ -174,55 +159,41 @@ def test_a_prompt_longer_than_the_context_is_told_printed_whole_and_continued(st
     out, err = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "20")
     assert out.startswith(prompt) and len(out) > len(prompt) + 20
     assert re.search(r"^warning: .*\b16\b", err, re.MULTILINE)
-    err = story("--checkpoint", checkpoint, "--prompt", "cat", "--max_new_tokens", "20")[1]
-    assert "warning" not in err
 
 
-# ------------------------------------------------------------------------------------------
-# Checkpoints
+@pytest.mark.parametrize("prompt, warned", [("Once ", True), ("Once  ", True), ("Once", False)])
+def test_a_space_at_the_prompts_end_is_warned_of(checkpoint, story, prompt, warned):
+    err = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "1")[1]
+    assert ("space" in err) == warned and ("warning" in err) == warned
 
 
-def test_the_default_checkpoint_is_the_newest_model(tmp_path):
+# -------------------------------------------------------------------------------------- Checkpoints
+
+
+def test_the_default_is_the_newest_model_and_a_real_stdin_loses_its_last_line_end(tmp_path):
     for age, name in enumerate(["b", "c", "a"]):
         (tmp_path / "out" / name).mkdir(parents=True)
         token = tokenizer().encode(f" {name}")[0]
-        path = parrot(tmp_path / "out" / name / "model.pt", "I am", token, END_OF_TEXT)
+        path = parrot(tmp_path / "out" / name / "model.pt", "Zoë is", token, END_OF_TEXT)
         os.utime(path, (1e9 - age, 1e9 - age))
-    done = command("--prompt", "I am", "--temperature", "0", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == "I am b\n", done.stderr
+    done = command("--prompt", "-", "--temperature", "0", cwd=tmp_path, input="Zoë is\r\n".encode(),
+                   env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout == "Zoë is b\n".encode(), done.stderr
 
 
-def test_without_a_model_the_line_names_the_way_to_one(refusal, monkeypatch, tmp_path):
+def test_without_a_model_the_line_names_the_way_to_one(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert "train.py --preset demo" in refusal()
-    (tmp_path / "out" / "mine").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / "ckpt.pt").touch()  # a run stopped before its first evaluation
+    assert "train.py --preset demo" in refused()
+    folder = Path("out", "mine")
+    folder.mkdir(parents=True)
+    (folder / "ckpt.pt").touch()  # a run stopped before its first evaluation
     way = r"--checkpoint out/mine/ckpt.pt.*--resume --out_dir out/mine\b"
-    assert re.search(way, refusal())
+    assert re.search(way, refused())
+    for path in (folder, folder / "model.pt"):
+        assert str(folder / "ckpt.pt") in refused("--checkpoint", str(path))
 
 
-def test_a_checkpoint_with_a_training_state_beside_the_weights_is_read(story, tmp_path):
-    state = dict(optimizer={"state": {0: torch.zeros(2)}}, iteration=3)
-    save_file(tmp_path / "ckpt.pt", TINY, GPT(TINY), **state)
-    out, _ = story("--checkpoint", str(tmp_path / "ckpt.pt"), "--max_new_tokens", "3")
-    assert out.startswith("Once upon a time")
-
-
-def test_a_hugging_face_folder_continues_as_hugging_face_does(story, tmp_path):
-    torch.manual_seed(0)
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
-    theirs.save_pretrained(tmp_path)
-    prompt = torch.tensor([tokenizer().encode("Once upon a time")])
-    ids = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                          max_new_tokens=12, pad_token_id=END_OF_TEXT)
-    flags = ("--temperature", "0", "--max_new_tokens", "12", "--dtype", "float32")
-    out, _ = story("--checkpoint", str(tmp_path), *flags)
-    assert out == tokenizer().decode(ids[0].tolist()) + "\n"
-
-
-# ------------------------------------------------------------------------------------------
-# A Hugging Face folder
+# ---------------------------------------------------------------------------- A Hugging Face folder
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +267,7 @@ def swap_two(ids: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refusal, story, name):
+def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refused, story, name):
     folder = shutil.copytree(exported, tmp_path / "other")
     content = json.loads((folder / name).read_text())
     if name == "vocab.json":
@@ -306,43 +277,9 @@ def test_a_model_with_another_tokenizer_is_refused(exported, tmp_path, refusal, 
         story("--checkpoint", str(folder), "--max_new_tokens", "1")  # it is GPT-2's still
         content["model"]["vocab"] = swap_two(content["model"]["vocab"])
     (folder / name).write_text(json.dumps(content))
-    assert "tokenizer of its own" in refusal("--checkpoint", str(folder))
+    assert "tokenizer of its own" in refused("--checkpoint", str(folder))
     (folder / name).unlink()
     story("--checkpoint", str(folder), "--max_new_tokens", "1")  # absent files are fine
-
-
-def test_the_hub_is_asked_once_and_for_ten_seconds_at_most(refusal, monkeypatch):
-    asked = []
-
-    def model_info(self: Any, name: str, timeout: float) -> None:
-        asked.append((name, timeout))
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", "resume"])
-    with pytest.raises(SystemExit):
-        config.cli(sample.main)
-    assert asked == [("resume", 10)]
-
-
-def test_a_byte_order_mark_on_standard_input_is_dropped(story, monkeypatch, checkpoint):
-    stdin(monkeypatch, b"\xef\xbb\xbfOnce upon\n")
-    out, _ = story("--prompt", "-", "--checkpoint", checkpoint, "--max_new_tokens", "0")
-    assert out == "Once upon\n"
-
-
-@pytest.mark.parametrize("prompt, warned", [("Once ", True), ("Once  ", True), ("Once", False)])
-def test_a_space_at_the_prompts_end_is_warned_of(checkpoint, story, prompt, warned):
-    err = story("--checkpoint", checkpoint, "--prompt", prompt, "--max_new_tokens", "1")[1]
-    assert ("space" in err) == warned
-
-
-def test_a_run_without_a_model_yet_is_told_what_it_has(checkpoint, tmp_path, refusal):
-    folder = tmp_path / "out" / "demo"
-    folder.mkdir(parents=True)
-    shutil.copy(checkpoint, folder / "ckpt.pt")
-    for path in (folder, folder / "model.pt"):
-        assert str(folder / "ckpt.pt") in refusal("--checkpoint", str(path))
 
 
 def test_the_model_card_tells_data_losses_settings_and_where_the_weights_come_from(tmp_path):
@@ -380,23 +317,23 @@ def test_an_export_of_an_export_is_the_same_and_its_card_claims_nothing(exported
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
 
 
-def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refusal, tmp_path):
+def test_a_folder_that_is_there_is_refused_before_the_model_is_read(refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     for there in (tmp_path, tmp_path / "file"):
-        assert "--save_hf" in refusal("--checkpoint", "none/model.pt", "--save_hf", str(there))
+        assert "--save_hf" in refused("--checkpoint", "none/model.pt", "--save_hf", str(there))
     flags = ("--checkpoint", "none/model.pt", "--save_hf", str(tmp_path / "new"))
-    assert "none/model.pt" in refusal(*flags)
+    assert "none/model.pt" in refused(*flags)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # The weights do not fit; the tokenizer does not fit.
 @pytest.mark.parametrize("size", [1_000_000, 3_400_000])
-def test_a_full_disk_leaves_no_half_export(refusal, checkpoint, tmp_path, size):
+def test_a_full_disk_leaves_no_half_export(refused, checkpoint, tmp_path, size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         (tmp_path / "hf").mkdir()  # an empty folder may be there
-        line = refusal("--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf"))
+        line = refused("--checkpoint", checkpoint, "--save_hf", str(tmp_path / "hf"))
         assert "cannot be written" in line
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -405,84 +342,64 @@ def test_a_full_disk_leaves_no_half_export(refusal, checkpoint, tmp_path, size):
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------
-# Wrong inputs
+# ------------------------------------------------------------------------------------- Wrong inputs
 
 WRONG = {
     ("--temprature", "1"): "did you mean --temperature",
-    ("--num_samples=2", "--temp", "1"): "unknown flag --temp",
-    ("--temperature", "nan"): "--temperature",
     ("--temperature", "-0.5"): "0 or more",
     ("--top_k", "2.5"): "type int",
     ("--num_samples", "0"): "1 or more",
     ("--top_p", "1.5"): "1 or less",
     ("--top_p", "0"): "--top_p",
-    ("--max_new_tokens", ""): "--max_new_tokens",
     ("--seed", "99999999999999999999"): "--seed",
     ("--device", "gpu"): "gpu",
     ("--device", "cuda:99"): "cuda:99",
     ("--device", "cpu", "--dtype", "float16"): "float16",
-    ("--dtype", "float23"): "did you mean float32",
     ("--prompt", "\udcff"): "UTF-8",
     ("--checkpoint", "none/model.pt"): "none/model.pt",
 }
 
 
 @pytest.mark.parametrize("argv", WRONG, ids=" ".join)
-def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(refusal, argv):
-    assert WRONG[argv] in refusal(*argv)
+def test_a_wrong_command_line_is_one_line_that_says_what_is_wrong(refused, argv):
+    assert WRONG[argv] in refused(*argv)
 
 
-def test_a_model_of_another_vocabulary_is_one_line(refusal, tmp_path):
+def test_a_model_of_another_vocabulary_is_one_line(refused, tmp_path):
     path = random_model(tmp_path / "model.pt", dataclasses.replace(TINY, vocab_size=100))
-    line = refusal("--checkpoint", path)
-    assert "100" in line and "50257" in line
+    assert re.search("100.*50257", refused("--checkpoint", path))
 
 
-def test_standard_input_that_is_not_utf_8_is_one_line(refusal, monkeypatch, checkpoint):
+@pytest.mark.parametrize("mocked", [True, False])
+def test_the_hub_is_asked_once_for_ten_seconds_at_most(monkeypatch, offline, capsys, mocked):
+    asked = []
+
+    def model_info(self: Any, name: str, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise OSError("no network")
+
+    if mocked:
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    assert "someone/gpt2" in refusal(sample.main, ["--checkpoint", "someone/gpt2"])
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("[^\n]*asking the Hugging Face Hub\n", err)
+    assert asked == ([("someone/gpt2", 10)] if mocked else [])
+
+
+def test_standard_input_that_is_not_utf_8_is_one_line(refused, monkeypatch, checkpoint):
     stdin(monkeypatch, b"caf\xe9")
-    assert "UTF-8" in refusal("--prompt", "-", "--checkpoint", checkpoint)
+    assert "UTF-8" in refused("--prompt", "-", "--checkpoint", checkpoint)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line():
-    done = command("--checkpoint", "someone/some-gpt2", HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and done.stdout == ""
-    asking, error = done.stderr.splitlines(keepends=True)
-    assert "asking the Hugging Face Hub" in asking and "someone/some-gpt2" in the_error(error)
-
-
-@pytest.mark.parametrize("name", ["notes.pt", "gpt2"])
-def test_what_is_no_checkpoint_is_one_line_in_a_real_shell(tmp_path, name):
+def test_what_is_no_checkpoint_is_one_line_in_a_real_shell(tmp_path):
     """In a process of its own: warnings and tables of the libraries would show here."""
-    (tmp_path / "notes.pt").write_text("Once upon a time there was a cat.")
     theirs = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
     GPT2LMHeadModel(theirs).save_pretrained(tmp_path / "gpt2")
     theirs.n_layer = 2
     theirs.save_pretrained(tmp_path / "gpt2")
-    done = command("--checkpoint", name, "--max_new_tokens", "1", cwd=tmp_path)
+    done = command("--checkpoint", "gpt2", "--max_new_tokens", "1", cwd=tmp_path, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert name in the_error(done.stderr)
-
-
-SLOW = {"transformers", "datasets", "matplotlib", "huggingface_hub", "pandas", "pyarrow", "scipy",
-        "torch._dynamo"}
-
-
-def test_help_says_every_flag_and_imports_nothing_slow_besides_torch():
-    # Python tells every import on stderr: that says more than a clock, which other work disturbs.
-    help = [sys.executable, "-X", "importtime", SAMPLE, "--help"]
-    done = subprocess.run(help, capture_output=True, text=True, timeout=60)
-    lines = done.stderr.splitlines()
-    imports = {line.rpartition("|")[2].strip() for line in lines}
-    assert "torch" in imports and not SLOW & imports
-    assert done.returncode == 0 and all(line.startswith("import time:") for line in lines)
-    told = {}
-    for entry in done.stdout.split("\n  --")[1:]:
-        words = entry.split()
-        told[words[0]] = bool(re.search("default: |if not given", " ".join(words)))
-    flags = ["prompt", "checkpoint", "num_samples", "max_new_tokens", "temperature", "top_k",
-             "top_p", "seed", "device", "dtype", "save_hf"]
-    assert told == dict.fromkeys(flags, True)
+    assert re.fullmatch(r"error: [^\n]*gpt2[^\n]*\n", done.stderr)
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint):

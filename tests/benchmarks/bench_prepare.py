@@ -9,12 +9,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from config import Parser, add_flag, cli
+from config import add_flag, cli
 
 import numpy as np
 
 from prepare_data import SEPARATOR, THREADS, prepare, tokenizer, toy_stories
-from tests.benchmarks.harness import Works, add_repeats_flag, machine, measure, show
+from tests.benchmarks.harness import Works, bench_parser, machine, measure, show
 
 
 def ours(text: Path, folder: Path) -> Works:
@@ -62,8 +62,7 @@ def tokens_of(row: dict) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__)
-    add_repeats_flag(parser, 5)
+    parser = bench_parser(__doc__, 5, dtype=False)
     add_flag(parser, "text", str, None, "stories between <|endoftext|> marks; else the toy corpus")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
@@ -76,16 +75,10 @@ def main(argv: list[str]) -> None:
         setups = {"ours, to files on the disk": ours, alone: tiktoken_alone, workers: datasets_map}
         contenders = {name: functools.partial(setups[name], text, folder) for name in setups}
         timings = measure(contenders, args.repeats)
-        size, first = text.stat().st_size / 1e6, next(iter(timings.values()))
-        rows = []
-        for name, timing in timings.items():
-            # The workers' memory is in processes of their own, and not counted.
-            memory = "-" if name == workers else f"{timing.memory / 1e9:.2f} GB"
-            rows.append([
-                name, f"{timing.median:.3g} s", timing.spread, f"{size / timing.median:.1f}",
-                f"{timing.median / first.median:.2f}x", memory,
-                f"{timings[alone].median / timing.median:.0%}",
-            ])
+        size = text.stat().st_size / 1e6
+        first, ceiling = (timings[name].median for name in ("ours, to files on the disk", alone))
+        rows = [timing.cells(name, size, first, ceiling) for name, timing in timings.items()]
+        rows[-1][5] = "-"  # the workers' memory is in processes of their own, and not counted
     print(machine())
     columns = ["", "median", "spread", "MB/s", "time, ours 1", "peak memory", "of tiktoken alone"]
     show(f"{size:.1f} MB of stories to token ids, {THREADS} threads", columns, rows)

@@ -12,19 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from config import Config, Parser, cli
+from config import Config, cli
 
 import torch
 
 from model import GPT, generate, pick_dtype, save_file, to_hugging_face
-from tests.benchmarks.harness import (
-    Works,
-    add_dtype_flag,
-    add_repeats_flag,
-    machine,
-    measure,
-    show,
-)
+from tests.benchmarks.harness import Works, bench_parser, machine, measure, show
 
 NEW, ACROSS = 120, 300  # new tokens that fit the context of 128, and that do not
 PROMPT = [7454, 2402, 257, 640]  # "Once upon a time"
@@ -102,12 +95,8 @@ def first_token(path: Path, repeats: int) -> list[float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__)
-    add_repeats_flag(parser, 7)
-    add_dtype_flag(parser)
-    args = parser.parse_args(argv)
-    repeats = args.repeats
-    cuda = torch.cuda.is_available()
+    args = bench_parser(__doc__, 7).parse_args(argv)
+    repeats, cuda = args.repeats, torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     fast = pick_dtype(args.dtype, torch.device(device))
     name, setup = str(fast).removeprefix("torch."), functools.partial
@@ -122,17 +111,13 @@ def main(argv: list[str]) -> None:
     timings = measure(contenders, repeats, cuda)
     works = (f"1 story, {NEW} tokens", f"16 stories, {NEW} tokens", f"1 story, {ACROSS} tokens")
     one, sixteen, across = (timings[f"ours: {work}"].median for work in works)
+    ceiling = next(t.median for name, t in timings.items() if "products" in name) / NEW
     rows = []
     for name, timing in timings.items():
         new = ACROSS if str(ACROSS) in name else NEW
         tokens = new * (16 if "16 stories" in name else 1)
         base = across / ACROSS if new == ACROSS else one / NEW
-        ceiling = next(t.median for n, t in timings.items() if "products" in n) / NEW
-        rows.append([
-            name, f"{timing.median:.3g} s", timing.spread, f"{tokens / timing.median:,.0f}",
-            f"{timing.median / tokens / base:.2f}x", f"{timing.memory / 1e9:.2f} GB",
-            f"{ceiling * new / timing.median:.0%}",
-        ])
+        rows.append(timing.cells(name, tokens, base * tokens, ceiling * new))
     print(machine(cuda))
     columns = ["", "median", "spread", "tokens/s", "time a token, ours 1", "peak memory",
                "of ceiling"]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from config import Config, Parser, add_flag, cli
+from config import Config, add_flag, cli
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,7 @@ import torch.nn.functional as F
 import train
 from model import GPT, HEAD_TOKENS, pick_dtype, to_hugging_face
 from prepare_data import prepare
-from tests.benchmarks.harness import (
-    Works,
-    add_dtype_flag,
-    add_repeats_flag,
-    machine,
-    measure,
-    show,
-)
+from tests.benchmarks.harness import Works, bench_parser, machine, measure, show
 
 BUSY = "beside another job"
 # Dense matrix products of 16-bit numbers, TFLOP/s, from the makers' data sheets.
@@ -152,11 +145,9 @@ def products(config: Config, device: str, dtype: torch.dtype) -> Works:
 
 def main(argv: list[str]) -> None:
     cuda = torch.cuda.is_available()
-    parser = Parser(__doc__)
-    add_repeats_flag(parser, 5)
+    parser = bench_parser(__doc__, 5)
     help = "sequences of 128 tokens in an iteration; a large GPU wants 256 or more"
     add_flag(parser, "batch_size", int, 32, help, low=1)
-    add_dtype_flag(parser)
     args = parser.parse_args(argv)
     device = "cuda" if cuda else "cpu"
     fast = pick_dtype(args.dtype, torch.device(device))
@@ -182,12 +173,9 @@ def main(argv: list[str]) -> None:
     with folder:
         timings = measure(contenders, args.repeats, cuda)
     report({name: timings[name] for name in timings if "tuned" not in name}, recipe, cuda, fast)
-    tokens, rows = other.tokens_per_iteration, []
-    for name in [name for name in timings if "tuned" in name]:
-        median, ratio = timings[name].median, timings[name].median / timings["tuned, ours"].median
-        speed = f"{tokens / median:,.0f}"
-        rows.append([name, f"{median:.3g} s", timings[name].spread, speed, f"{ratio:.2f}x"])
-    columns = ["", "median", "spread", "tokens/s", "time, ours 1"]
+    tokens, first = other.tokens_per_iteration, timings["tuned, ours"].median
+    rows = [t.cells(name, tokens, first, 0)[:6] for name, t in timings.items() if "tuned" in name]
+    columns = ["", "median", "spread", "tokens/s", "time, ours 1", "peak memory"]
     show(f"An iteration of tuned, {tokens:,} tokens, no dropout", columns, rows)
 
 
@@ -196,18 +184,10 @@ def report(timings: dict, config: Config, cuda: bool, dtype: torch.dtype) -> Non
     # counts once, as the head.
     with torch.device("meta"):
         flops = 6 * GPT(config).parameter_count() * config.tokens_per_iteration
-    ours = timings["ours"]
+    ours, tokens = timings["ours"], config.tokens_per_iteration
     products = next(timing for name, timing in timings.items() if "products" in name)
-    rows = []
-    for name, timing in timings.items():
-        if ":" in name:
-            continue
-        rows.append([
-            name, f"{timing.median:.3g} s", timing.spread,
-            f"{config.tokens_per_iteration / timing.median:,.0f}",
-            f"{timing.median / ours.median:.2f}x", f"{timing.memory / 1e9:.2f} GB",
-            f"{products.median / timing.median:.0%}",
-        ])
+    rows = [timing.cells(name, tokens, ours.median, products.median)
+            for name, timing in timings.items() if ":" not in name]
     print(machine(cuda))
     rate = flops / products.median / 1e9
     speed = f"{flops / 1e9:,.0f} GFLOP; the products alone run at {rate:,.0f} GFLOP/s"

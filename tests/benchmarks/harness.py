@@ -35,9 +35,15 @@ class Timing(NamedTuple):
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    @property
-    def spread(self) -> str:
-        return f"{min(self.seconds):.3g} to {max(self.seconds):.3g}"
+    def cells(self, name: str, amount: float, ours: float, ceiling: float) -> list[str]:
+        """A row of `show`: of `amount` tokens or MB, beside what `ours` and the ceiling took."""
+        spread = f"{min(self.seconds):.3g} to {max(self.seconds):.3g}"
+        speed = amount / self.median
+        per_second = f"{speed:,.0f}" if speed > 100 else f"{speed:.1f}"
+        return [
+            name, f"{self.median:.3g} s", spread, per_second, f"{self.median / ours:.2f}x",
+            f"{self.memory / 1e9:.2f} GB", f"{ceiling / self.median:.0%}",
+        ]
 
 
 def measure(
@@ -148,13 +154,13 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def add_dtype_flag(parser: Parser) -> None:
-    help = "of all but the rows of float32; auto is the device's fastest"
-    add_flag(parser, "dtype", str, "auto", help, choices=DTYPES)
-
-
-def add_repeats_flag(parser: Parser, default: int) -> None:
-    add_flag(parser, "repeats", int, default, "times that each work is timed", low=1)
+def bench_parser(description: str, repeats: int, dtype: bool = True) -> Parser:
+    parser = Parser(description)
+    add_flag(parser, "repeats", int, repeats, "times that each work is timed", low=1)
+    if dtype:
+        help = "of all but the rows of float32; auto is the device's fastest"
+        add_flag(parser, "dtype", str, "auto", help, choices=DTYPES)
+    return parser
 
 
 def machine(cuda: bool = False) -> str:
