@@ -190,6 +190,18 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def touch_picture(path: Path, *args: Any, **options: Any) -> None:
+    """In the place of train.py's draw_run, which takes longer than a run of these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Pictures are empty files here."""
+    monkeypatch.setattr(train, "draw_run", touch_picture)
+
+
 def tiny(data: Path, folder: Path, **changes) -> Config:
     folders = dict(data_dir=str(data), out_dir=str(folder / "out"), plot_dir=str(folder / "plots"))
     return Config(**(TINY | folders | changes))

@@ -1,10 +1,9 @@
 """Tests of survival: runs that are killed, stopped, short of disk or handed damaged files.
 
 Whatever happens to a run, `--resume` ends with the files of one that nothing ever happened to.
-Every run here is a real process. Most are forked from a server that has imported train.py once
-(multiprocessing's forkserver), which saves seconds each. A process can be told beforehand what to
-do to itself and where ("kill yourself before the third step"), so that it dies in the same place on
-any machine, however busy.
+Such a run is a real process, forked from a server that has imported train.py once
+(multiprocessing's forkserver), which saves seconds. It can be told beforehand what to do to itself
+and where ("kill yourself before the third step"), so that it dies in the same place on any machine.
 """
 
 import contextlib
@@ -37,12 +36,16 @@ from conftest import (
     edit_config,
     flat,
     log_of,
+    main,
     prepare_tales,
+    refusal,
     snapshot,
+    touch_picture,
 )
 
 import train
 from model import FORMAT, GPT, load_file, save_file
+from plots.loss_curve import draw_run
 
 MODULES = ("config.py", "model.py", "prepare_data.py", "sample.py", "train.py")
 OURS = {str(ROOT / name) for name in (*MODULES, "plots/loss_curve.py")}
@@ -51,7 +54,6 @@ TINY = dict(
     dropout=0.2, max_iters=30, warmup_iters=4, learning_rate=3e-3, min_lr=1e-4, eval_interval=8,
     eval_windows=2, device="cpu", dtype="float32", compile="false", matrix_optimizer="muon",
 )
-# Both optimizers are at work: Muon on the matrices of the blocks, AdamW on all the rest.
 # Its 8 steps end at 4, 8, 12, 16, 20, 24, 28 and 30; a step is of four micro-batches, the last of
 # two. Evaluations (one micro-batch of each split) are at 8, 16, 24 and 30.
 ALWAYS = dict(checkpoint_minutes=1e-9)  # a checkpoint after every step, not at evaluations only
@@ -61,6 +63,7 @@ UPDATE = "Run.update_weights"  # in a step, when its gradients are there
 EVALUATE = "evaluate"
 SAVE_FILE = "gpt.save_file"  # before a model.pt or a ckpt.pt is written
 PATIENCE = 120  # seconds that anything may take on a busy machine
+train.data.token_bytes()  # the tokenizer is read here, and so by the server once for all its forks
 
 # ------------------------------------------------------- Processes, and what they can be told to do
 
@@ -112,7 +115,7 @@ class Job:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """A test that fails halfway leaves none that hangs: on a SIGTERM alone they would go on."""
+    """A test that fails halfway leaves none that hangs."""
     yield
     while Job.started:
         job = Job.started.pop()
@@ -121,12 +124,13 @@ def no_process_is_left() -> Iterator[None]:
 
 
 def play(argv: list[str], hooks: tuple[Hook, ...], main: Callable, out: Path, err: Path) -> None:
-    """What such a process does."""
+    """What such a process does. It leaves an empty picture: drawing takes longer than all else."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if pytest itself runs under nohup
     sys.argv = ["main", *argv]
     torch.set_num_threads(1)
+    train.draw_run = touch_picture
     ends = [hook() for hook in hooks]
     try:
         cli(main)
@@ -195,9 +199,10 @@ def die_while_writing(size: int) -> None:
 
 
 def count_calls(path: Path | None, kill_at: float) -> Callable[[], None]:
-    """A hook: SIGKILL at the `kill_at`-th call made by or in our modules; at the end `path` gets
-    the number of calls.
+    """A hook: SIGKILL at the `kill_at`-th call made by or in our modules, a real drawing's too; at
+    the end `path` gets the number of calls.
     """
+    train.draw_run = draw_run
     numbers = itertools.count(1)
 
     def look(frame: Any, event: str, what: Any) -> None:
@@ -234,11 +239,11 @@ class Place:
     def begin(self, *argv: str, hooks: tuple[Hook, ...] = (), **changes: Any) -> Job:
         return Job(self.folder, *argv, hooks=hooks, **self.flags | changes)
 
-    def resume(self, *argv: str, **changes: Any) -> Job:
-        return Job(self.folder, "--resume", *argv, **dict(out_dir=self.out) | changes)
+    def resume(self, **changes: Any) -> Job:
+        return Job(self.folder, "--resume", out_dir=self.out, **changes)
 
-    def resume_to_the_end(self, *argv: str, **changes: Any) -> Result:
-        result = self.resume(*argv, **changes).wait()
+    def resume_to_the_end(self, **changes: Any) -> Result:
+        result = self.resume(**changes).wait()
         assert result.status == 0, result.err
         return result
 
@@ -292,9 +297,10 @@ def check_resumes(place: Place, whole: Path) -> None:
 
 
 def check_refused(place: Place, *words: str, **changes: Any) -> None:
-    """Resuming is refused in one line, and nothing is touched."""
+    """Resuming is refused in one line (in this process), and nothing is touched."""
     before = snapshot(place.out)
-    check_one_line(place.resume(**changes).wait(), *words)
+    line = refusal(main, "--resume", out_dir=place.out, **changes)
+    assert all(word in line for word in words), line
     assert snapshot(place.out) == before
 
 
@@ -303,9 +309,7 @@ def check_refused(place: Place, *words: str, **changes: Any) -> None:
 
 @pytest.fixture(scope="session")
 def calls(whole, data, tmp_path_factory) -> int:
-    """How many calls a whole run makes that saves after every step. To save changes nothing of what
-    it computes.
-    """
+    """How many calls a whole run makes that saves after every step, which changes no result."""
     place = Place(data, tmp_path_factory.mktemp("calls"))
     count = functools.partial(count_calls, place.folder / "calls", float("inf"))
     assert place.begin(hooks=(count,), **ALWAYS).wait().status == 0
@@ -463,13 +467,10 @@ def test_a_resume_that_overtook_the_last_checkpoint_of_the_old_run_is_refused(in
 # ------------------------------------------------------------------------------------------ Signals
 
 
-SIGNALS = [
-    pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT"),
-    pytest.param(signal.SIGHUP, 129, id="SIGHUP"),
-]
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # and the exit status
 
 
-@pytest.mark.parametrize("number, status", SIGNALS)
+@pytest.mark.parametrize("number, status", SIGNALS.items())
 def test_a_signal_leaves_the_last_whole_step_and_the_run_goes_on(place, whole, number, status):
     job = place.begin(hooks=(at(READ, None, time.sleep, 0.05),))
     wait_for((place.out / "ckpt.pt").exists, job)
@@ -495,9 +496,7 @@ def test_a_signal_at_any_place_is_obeyed(place, whole, where, number, saved):
 
 
 def signal_twice(number: int, second: int) -> None:
-    """As a terminal that closes does, with the shell's hang-up and its own; or torchrun, which
-    passes on the Ctrl-C that has reached the process already.
-    """
+    """As a terminal that closes, or torchrun, which passes a Ctrl-C on, sends two."""
     signal_self(number)
     time.sleep(0.02)
     signal_self(second)
@@ -513,30 +512,31 @@ def test_a_second_signal_within_two_seconds_is_the_same_one(place, whole, number
     check_resumes(place, whole)
 
 
-def ignore_hangups() -> None:
-    """As nohup does."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
 def test_a_run_under_nohup_outlives_the_logout(place, whole):
+    nohup = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
     hangup = at(UPDATE, 3, signal_self, signal.SIGHUP)
-    result = place.begin(hooks=(ignore_hangups, hangup)).wait()
+    result = place.begin(hooks=(nohup, hangup)).wait()
     assert result.status == 0, result.err
     check_equal(place.out, whole)
 
 
-@pytest.mark.parametrize("second, status", SIGNALS)
-def test_a_later_second_signal_ends_at_once(place, second, status):
-    sign = place.folder / "sign"
-    job = place.begin(hooks=(at(READ, 13, hang, sign),))
-    wait_for(sign.exists, job)
-    before = snapshot(place.out)
-    job.send(signal.SIGINT)
-    wait_for(lambda: "stopping" in job.err.read_text(), job)
+def test_a_later_second_signal_ends_at_once(data, tmp_path):
+    """One run for each signal, all at once, since each has to wait for two seconds."""
+    places = [Place(data, tmp_path, tmp_path / number.name) for number in SIGNALS]
+    signs = [tmp_path / f"{number.name}.sign" for number in SIGNALS]
+    jobs = [place.begin(hooks=(at(READ, 13, hang, sign),))
+            for place, sign in zip(places, signs, strict=True)]
+    for job, sign in zip(jobs, signs, strict=True):
+        wait_for(sign.exists, job)
+        job.send(signal.SIGINT)
+        wait_for(lambda: "stopping" in job.err.read_text(), job)  # noqa: B023
+    before = [snapshot(place.out) for place in places]
     time.sleep(2.1)
-    job.send(second)
-    assert job.wait().status == status
-    assert snapshot(place.out) == before and place.iteration() == 8
+    for job, place, files, (number, status) in zip(jobs, places, before, SIGNALS.items(),
+                                                   strict=True):
+        job.send(number)
+        assert job.wait().status == status
+        assert snapshot(place.out) == files and place.iteration() == 8
 
 
 def test_ctrl_c_on_the_command_line(place):
@@ -605,7 +605,9 @@ def test_a_disk_that_has_become_read_only_is_one_line(data, killed, tmp_path, sm
     remount(small_disk, "size=64m")
     place = Place(data, tmp_path, shutil.copytree(killed.out, small_disk / "out"))
     remount(small_disk, "ro")
-    check_refused(place, "Read-only file system", str(place.out))
+    before = snapshot(place.out)
+    check_one_line(place.resume().wait(), "Read-only file system", str(place.out))
+    assert snapshot(place.out) == before
 
 
 # --------------------------------------------------------------- Damaged, foreign and hostile files
@@ -757,13 +759,12 @@ def test_stopped_in_the_last_scoring_a_run_has_all_its_files_and_says_so(place):
     assert "is finished" in place.resume_to_the_end().err
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-def test_a_second_process_in_the_folder_is_refused(place, flag):
+def test_a_second_process_in_the_folder_is_refused(place):
     sign = place.folder / "sign"
     first = place.begin(hooks=(at(READ, 13, hang, sign),))
     wait_for(sign.exists, first)
     before = snapshot(place.out)
-    check_one_line(place.begin(flag).wait(), "another train.py", "--out_dir")
+    for flag in ("--resume", "--overwrite"):
+        line = refusal(main, flag, **place.flags)
+        assert "another train.py" in line and "--out_dir" in line
     assert snapshot(place.out) == before and first.running()
-    first.send(signal.SIGKILL)
-    first.wait()
