@@ -111,9 +111,7 @@ def tally(path: Path) -> Callable[[], None]:
 
 
 def spy_on_writes(folder: Path, report: Path) -> Callable[[], None]:
-    """A hook: notes every file in `folder` that this process opens to write, makes, renames or
-    removes.
-    """
+    """A hook: notes every file in `folder` that this process writes, renames or removes."""
     seen: list[str] = []
 
     def look(event: str, args: tuple) -> None:
@@ -189,9 +187,7 @@ config.cli(train.main)
 
 @pytest.fixture
 def slow_job(data, tmp_path) -> Iterator[Job]:
-    """A run on two processes that has its first checkpoint, and far to go. Its micro-batches are
-    long enough to be interrupted; every rank says at which iteration it was stopped.
-    """
+    """A slow run on two processes that has its first checkpoint, and far to go."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     job = torchrun(tmp_path, script, **flags_of(SHARED, data, tmp_path))
@@ -211,9 +207,7 @@ def test_two_processes_of_torchrun_agree_with_one(data, tmp_path, alone):
     assert result.out.count("Once upon a time") == 1
 
 
-def test_sigterm_to_torchrun_stops_all_after_the_same_step_and_one_process_goes_on(
-    slow_job, tmp_path, alone
-):
+def test_sigterm_to_torchrun_stops_all_after_the_same_step(slow_job, tmp_path, alone):
     slow_job.send(signal.SIGTERM)
     result = slow_job.wait()
     assert result.status != 0 and "--resume" in result.err
@@ -238,9 +232,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(slow_job, tmp_path, 
 # ------------------------------------ Forked processes: the same results, and errors on all of them
 
 
-def test_three_processes_agree_with_one_share_all_work_and_only_rank_0_writes(
-    data, tmp_path, alone
-):
+def test_three_processes_agree_with_one_and_share_all_work(data, tmp_path, alone):
     folder = tmp_path / "run"
     folder.mkdir()
 
@@ -280,9 +272,7 @@ def slow_write() -> Hook:
 
 
 def test_all_score_with_the_best_weights_once_they_are_written(data, tmp_path):
-    """The only evaluation is the last: nobody may look for model.pt before rank 0 has written
-    it.
-    """
+    """The only evaluation is the last: nobody may look for model.pt before rank 0 wrote it."""
     flags = flags_of(FEW | dict(eval_interval=1000), data, tmp_path)
     one = Job(tmp_path, **flags | dict(out_dir=tmp_path / "one")).wait()
     results = wait_for_all(fork_ranks(tmp_path, 2, hooks=on_rank(0, slow_write()), **flags))
@@ -290,9 +280,7 @@ def test_all_score_with_the_best_weights_once_they_are_written(data, tmp_path):
 
 
 def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alone):
-    """A run that learns next to nothing scores as the model it starts from, which each rank reads
-    for itself. It is long enough for the whole split to be scored at its end.
-    """
+    """One that learns nothing, and is long enough for the whole split to be scored at its end."""
     nothing = dict(learning_rate=1e-30, min_lr=0, max_iters=9, weight_decay=0, batch_size=64,
                    device_batch_size=96)
     flags = flags_of(FEW | nothing, data, tmp_path) | dict(init_from=alone / "model.pt")
@@ -302,9 +290,7 @@ def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alo
     assert f"perplexity {perplexity(results[0])}" in scored[0].out and scored[1].out == ""
 
 
-def test_a_signal_to_one_rank_stops_all_and_none_leaves_before_the_checkpoint_is_written(
-    data, tmp_path
-):
+def test_a_signal_to_one_rank_stops_all_once_the_checkpoint_is_written(data, tmp_path):
     """A rank that left would make torchrun end the one that writes."""
 
     def hooks(rank: int) -> tuple[Hook, ...]:
