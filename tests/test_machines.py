@@ -389,15 +389,6 @@ def test_auto_is_a_device_and_a_precision_that_are_there():
     assert "float16" in line and "--dtype float32" in line
 
 
-NO_GPU = pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"))
-
-
-@pytest.mark.parametrize("device", [f"cuda:{n}" for n in (99, 127, 128, 300, "9" * 20)] + [NO_GPU])
-def test_a_gpu_that_is_not_there_is_refused(device):
-    line = refusal(gpt.pick_device, device)
-    assert device in line and "--device cpu" in line
-
-
 def test_mps_takes_float32_and_is_not_picked_by_auto(monkeypatch):
     mps = torch.device("mps")
     assert gpt.pick_dtype("auto", mps) == gpt.pick_dtype("float32", mps) == torch.float32

@@ -312,11 +312,9 @@ def calls(whole, data, tmp_path_factory) -> int:
 
 
 def check_survives_a_kill(place: Place, whole: Path, hook: Hook, status: int) -> None:
-    result = place.begin(hooks=(hook,), **ALWAYS).wait()
-    assert result.status == status, result.err
-    # With all its flags, as in a restart loop: there may be no checkpoint yet.
-    result = place.begin("--resume").wait()
-    assert result.status == 0, result.err
+    """Resumed with all its flags, as in a restart loop: there may be no checkpoint yet."""
+    assert place.begin(hooks=(hook,), **ALWAYS).wait().status == status
+    assert place.begin("--resume").wait().status == 0
     check_equal(place.out, whole)
 
 
@@ -368,7 +366,7 @@ def test_a_run_killed_again_and_again_by_the_clock(place, whole, seed):
             break
         job.send(signal.SIGKILL)
         job.wait()
-    assert job.wait().status == 0, job.wait().err
+    assert job.wait().status == 0
     check_equal(place.out, whole)
 
 
@@ -505,22 +503,21 @@ def test_a_run_under_nohup_outlives_the_logout(place, whole):
 
 
 def test_a_later_second_signal_ends_at_once(data, tmp_path):
-    """One run for each signal, all at once, since each has to wait for two seconds."""
-    places = [Place(data, tmp_path, tmp_path / number.name) for number in SIGNALS]
-    signs = [tmp_path / f"{number.name}.sign" for number in SIGNALS]
-    jobs = [place.begin(hooks=(at(READ, 13, hang, sign),))
-            for place, sign in zip(places, signs, strict=True)]
-    for job, sign in zip(jobs, signs, strict=True):
+    """One run for each signal, so that the two seconds pass for all of them at once."""
+    places = {number: Place(data, tmp_path, tmp_path / number.name) for number in SIGNALS}
+    jobs = {}
+    for number, place in places.items():
+        sign = tmp_path / f"{number.name}.sign"
+        jobs[number] = job = place.begin(hooks=(at(READ, 13, hang, sign),))
         wait_for(sign.exists, job)
         job.send(signal.SIGINT)
-        wait_for(lambda: "stopping" in job.err.read_text(), job)  # noqa: B023
-    before = [snapshot(place.out) for place in places]
+        wait_for(lambda job=job: "stopping" in job.err.read_text(), job)
+    before = snapshot(tmp_path)
     time.sleep(2.1)
-    for job, place, files, (number, status) in zip(jobs, places, before, SIGNALS.items(),
-                                                   strict=True):
+    for number, job in jobs.items():
         job.send(number)
-        assert job.wait().status == status
-        assert snapshot(place.out) == files and place.iteration() == 8
+        assert job.wait().status == SIGNALS[number] and places[number].iteration() == 8
+    assert snapshot(tmp_path) == before
 
 
 def test_ctrl_c_on_the_command_line(place):

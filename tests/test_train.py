@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -500,16 +501,14 @@ def test_float16_trains_on_repetitive_text(data, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def plain_loss(run: train.Run, tokens: np.ndarray, starts: list[int]) -> tuple[float, int]:
+def plain_loss(logits_of: Callable, tokens: np.ndarray, starts: Iterable) -> tuple[float, int]:
     """The mean cross-entropy, one window of 16 at a time, and how many tokens that is."""
     total, count = 0.0, 0
-    run.model.eval()
     for start in starts:
         window = torch.tensor(tokens[start : start + 17])
-        logits = run.model(window[None, :-1])[0].double()
+        logits = logits_of(window[None, :-1])[0].double()
         total += F.cross_entropy(logits, window[1:], reduction="sum").item()
         count += len(window) - 1
-    run.model.train()
     return total / count, count
 
 
@@ -520,10 +519,10 @@ def test_an_evaluation_is_a_mean_without_dropout(data, tmp_path, device_batch_si
     tokens = tokens_of(data, "val")
     starts = train.even_starts(run.config, len(tokens))
     loss = run.mean_loss(run.tokens["val"], starts)
-    assert loss == pytest.approx(plain_loss(run, tokens, starts)[0], rel=1e-5)
     assert run.model.training  # and training goes on with it
     # Two evaluations differ only by the weights.
     assert run.mean_loss(run.tokens["val"], starts) == loss
+    assert loss == pytest.approx(plain_loss(run.model.eval(), tokens, starts)[0], rel=1e-5)
 
 
 def pieces_of(tokens: np.ndarray, sizes: list[int]) -> list[tuple[np.ndarray, dict[str, int]]]:
@@ -540,7 +539,7 @@ def test_a_text_in_any_pieces_is_scored_on_every_token_but_the_first_once(data, 
     tokens = tokens_of(data, "val")
     sizes = [size or len(tokens) for size in sizes]  # None: the whole split
     tokens = tokens[: sum(sizes)]
-    loss, count = plain_loss(run, tokens, list(range(0, len(tokens) - 1, 16)))
+    loss, count = plain_loss(run.model.eval(), tokens, range(0, len(tokens) - 1, 16))
     final = train.score(run, pieces_of(tokens, sizes))
     assert final["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert final["tokens_scored"] == count == len(tokens) - 1
@@ -555,7 +554,7 @@ def test_a_part_of_a_split_is_even_windows_of_it(data, tmp_path):
     part = train.score(run, text, 5 * 16 + 7)
     last = (len(tokens) - 17) // 16
     starts = [round(i * last / 4) * 16 for i in range(5)]
-    loss, scored = plain_loss(run, tokens, starts)
+    loss, scored = plain_loss(run.model.eval(), tokens, starts)
     assert part["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert part["tokens_scored"] == scored == 80
     assert train.score(run, text, len(tokens)) == train.score(run, text)
@@ -780,19 +779,14 @@ def test_eval_only_says_what_the_run_said_of_itself_and_changes_nothing(finished
     assert snapshot(finished.folder) == before
 
 
-@torch.no_grad()
 def test_eval_only_agrees_with_hugging_face_on_the_same_windows(export, data):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(export).eval()
-    tokens = torch.tensor(tokens_of(data, "val"))
-    scored = [tokens[i : i + 17] for i in range(0, len(tokens) - 1, 16)]
-    assert 2 < len(scored[-1]) < 17  # the last window is an odd one
-    total = 0.0
-    for window in scored:
-        logits = theirs(window[None, :-1]).logits[0]
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    expected = total / (len(tokens) - 1)
+    tokens = tokens_of(data, "val")
+    starts = range(0, len(tokens) - 1, 16)
+    assert 2 < len(tokens) - starts[-1] < 17  # the last window is an odd one
+    expected, _ = plain_loss(lambda ids: theirs(ids).logits, tokens, starts)
     stdout, _ = main("--eval_only", init_from=export, data_dir=data, device_batch_size=7, **EVAL)
     words = stdout.replace(",", "").split()
     loss, perplexity, bits = (float(word) for word in words if word[0].isdigit())
