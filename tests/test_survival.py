@@ -50,7 +50,7 @@ from plots.loss_curve import draw_run
 MODULES = ("config.py", "model.py", "prepare_data.py", "sample.py", "train.py")
 OURS = {str(ROOT / name) for name in (*MODULES, "plots/loss_curve.py")}
 TINY = dict(
-    n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=2, gradient_accumulation_steps=4,
+    n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=1, gradient_accumulation_steps=4,
     dropout=0.2, max_iters=30, warmup_iters=4, learning_rate=3e-3, min_lr=1e-4, eval_interval=8,
     eval_windows=2, device="cpu", dtype="float32", compile="false", matrix_optimizer="muon",
 )
@@ -546,7 +546,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A disk with room for one checkpoint and a bit."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(folder)]
     possible = os.geteuid() == 0 and shutil.which("mount") is not None
     if not possible or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system is not possible here")
@@ -562,7 +562,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, small_disk, whol
     place = Place(data, tmp_path, small_disk / "out")
     check_one_line(place.begin().wait(), "No space left")
     assert place.iteration() == 8 and not list(place.out.glob(".*"))
-    remount(small_disk, "size=64m")
+    remount(small_disk, "size=32m")
     check_resumes(place, whole)
 
 
@@ -577,7 +577,7 @@ def test_a_write_that_is_not_allowed_is_one_line(place, whole, act, words):
 
 
 def test_a_disk_that_has_become_read_only_is_one_line(data, killed, tmp_path, small_disk):
-    remount(small_disk, "size=64m")
+    remount(small_disk, "size=32m")
     place = Place(data, tmp_path, shutil.copytree(killed.out, small_disk / "out"))
     remount(small_disk, "ro")
     before = snapshot(place.out)
