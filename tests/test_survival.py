@@ -46,6 +46,7 @@ from conftest import (
 import train
 from model import FORMAT, GPT, load_file, save_file
 from plots.loss_curve import draw_run
+from prepare_data import token_bytes
 
 MODULES = ("config.py", "model.py", "prepare_data.py", "sample.py", "train.py")
 OURS = {str(ROOT / name) for name in (*MODULES, "plots/loss_curve.py")}
@@ -63,7 +64,7 @@ UPDATE = "Run.update_weights"  # in a step, when its gradients are there
 EVALUATE = "evaluate"
 SAVE_FILE = "gpt.save_file"  # before a model.pt or a ckpt.pt is written
 PATIENCE = 120  # seconds that anything may take on a busy machine
-train.data.token_bytes()  # the tokenizer is read here, and so by the server once for all its forks
+token_bytes()  # the tokenizer is read here, and so by the server once for all its forks
 
 # ------------------------------------------------------- Processes, and what they can be told to do
 
@@ -361,7 +362,7 @@ def test_a_run_killed_again_and_again_by_the_clock(place, whole, seed):
     rng = random.Random(seed)
     while True:
         job = place.begin("--resume", **ALWAYS)
-        job.process.join(rng.uniform(0, 3))
+        job.process.join(rng.uniform(0, 1))
         if not job.running():
             break
         job.send(signal.SIGKILL)
