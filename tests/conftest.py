@@ -31,13 +31,23 @@ from prepare_data import prepare
 
 ROOT = Path(config.__file__).parent
 TIMES = ("seconds", "tokens_per_second")  # what differs between two runs that do the same
+# The files that take longest are begun first (with `-n 2` a file runs in one process, where its
+# fixtures are made once): two processes end together if what is begun last is short.
+FIRST = ["survival", "train", "ranks", "prepare_data", "model", "sample", "cli", "machines"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: the products here are tiny, and on a busy machine threads that wait
-    for each other take longer than one that works. `pytestmark = pytest.mark.usefixtures(...)`.
-    """
+    """PyTorch on one thread: for products as small as here, several only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -121,9 +131,7 @@ def check_same(ours: dict[str, Any], theirs: dict[str, Any], note: object = "") 
 
 
 def check_equal(out: Path, other: Path) -> None:
-    """Two out_dirs hold the same log and the same files, bit for bit, apart from times, and from
-    the folders and lengths in their configs.
-    """
+    """Two out_dirs hold the same log and files, bit for bit, apart from times and configs."""
     assert log_of(out) == log_of(other)
     for file in ("model.pt", "ckpt.pt"):
         ours, theirs = (load_file(folder / file) for folder in (out, other))
@@ -132,9 +140,7 @@ def check_equal(out: Path, other: Path) -> None:
 
 
 def edit_config(folder: Path, **values: object) -> None:
-    """Copies config.py to `folder` with other values of its constants, as people type them there:
-    fields of Config, or DEFAULT_PRESET.
-    """
+    """Copies config.py to `folder` with other values of fields of Config, or of DEFAULT_PRESET."""
     text = (ROOT / "config.py").read_text()
     for name, value in values.items():
         text, found = re.subn(rf"(?m)^(    {name}: .* = (?:setting\()?|{name} = )[^,\s]+",
@@ -188,6 +194,18 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def touch_picture(path: Path, *args: Any, **options: Any) -> None:
+    """In the place of train.py's draw_run, which takes longer than a run of these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Pictures are empty files here."""
+    monkeypatch.setattr(train, "draw_run", touch_picture)
 
 
 def tiny(data: Path, folder: Path, **changes) -> Config:

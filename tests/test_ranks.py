@@ -9,8 +9,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import test_survival
+import torch.distributed.run
 from conftest import ROOT, log_of, prepare_tales
 from test_survival import (
-    PATIENCE,
     READ,
     SAVE_FILE,
     TINY,
@@ -52,8 +52,6 @@ FEW = SHARED | dict(
     gradient_accumulation_steps=3, max_iters=22, eval_interval=6, eval_windows=2,
     matrix_optimizer="muon",
 )
-
-
 no_process_is_left = test_survival.no_process_is_left  # a fixture, here too
 
 
@@ -83,7 +81,7 @@ def fork_ranks(
     folder: Path, size: int, *argv: str,
     hooks: Callable[[int], tuple[Hook, ...]] = lambda rank: (), **flags: Any,
 ) -> list[Job]:
-    """As many processes as `size` says; `hooks` are told the rank, and may be others on each."""
+    """As many processes as `size` says; `hooks` gives those of a rank."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]  # one that is free
@@ -113,9 +111,7 @@ def tally(path: Path) -> Callable[[], None]:
 
 
 def spy_on_writes(folder: Path, report: Path) -> Callable[[], None]:
-    """A hook: notes every file in `folder` that this process opens to write, makes, renames or
-    removes.
-    """
+    """A hook: notes every file in `folder` that this process writes, renames or removes."""
     seen: list[str] = []
 
     def look(event: str, args: tuple) -> None:
@@ -152,92 +148,67 @@ def saved_iteration(folder: Path) -> int:
 # ---------------------------------------------------------------------------- Processes of torchrun
 
 
-class Torchrun:
-    """`torchrun --standalone --nproc_per_node=2` of train.py, or of a script around it, with a
-    thread for each process.
-    """
-
-    def __init__(self, folder: Path, *argv: str, script: Path = ROOT / "train.py", **flags):
-        words = [*argv, *(f"--{name}={value}" for name, value in flags.items())]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node=2", str(script), *words]
-        self.out, self.err = folder / "torchrun.out", folder / "torchrun.err"
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
-
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def wait(self, seconds: float = PATIENCE) -> Result:
-        try:
-            return Result(self.process.wait(seconds), self.out.read_text(), self.err.read_text())
-        except subprocess.TimeoutExpired:
-            self.kill()
-            pytest.fail(f"torchrun does not end; it said:\n{self.err.read_text()}")
-
-    def kill(self) -> None:
-        if self.running():
-            for pid in (*self.ranks(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
-
-    def ranks(self) -> list[int]:
-        """The ids of its processes, rank 0's first."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return sorted(int(child) for child in children)
+def torchrun(folder: Path, script: Path = ROOT / "train.py", **flags: Any) -> Job:
+    """`torchrun --standalone --nproc_per_node=2` of train.py, or of a script around it."""
+    words = ("--standalone", "--nproc_per_node=2", str(script))
+    return Job(folder, *words, main=torch.distributed.run.main, **flags)
 
 
-def slow_script(folder: Path) -> Path:
-    """train.py, with micro-batches long enough to be interrupted; every rank says at which
-    iteration it was stopped.
-    """
-    path = folder / "slow.py"
-    path.write_text(f"""
+def ranks_of(job: Job) -> list[int]:
+    """The ids of a torchrun's processes, rank 0's first."""
+    pid = job.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+SLOW = f"""
 import os, sys, time
-from pathlib import Path
-sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
-import test_survival
-from test_survival import cli, train
+sys.path.insert(0, {str(ROOT)!r})
+import config, train
 
-test_survival.watch(test_survival.READ, lambda *_: time.sleep(0.05))
-real = train.train
+read, real = train.read_batch, train.train
+
+def slow_read(*args):
+    time.sleep(0.05)
+    return read(*args)
 
 def told(run):
     try:
         real(run)
     except train.Stopped:
-        path = Path({str(folder)!r}, "stopped_" + os.environ["RANK"])
+        path = run.folder.path.parent / f"stopped_{{run.ranks.rank}}"
         path.write_text(str(run.state.iteration))
         raise
 
-train.train = told
-cli(train.main)
-""")
-    return path
+train.read_batch, train.train = slow_read, told
+config.cli(train.main)
+"""
 
 
 @pytest.fixture
-def slow_job(data, tmp_path) -> Iterator[Torchrun]:
-    """A run on two processes that has its first checkpoint, and far to go."""
-    job = Torchrun(tmp_path, script=slow_script(tmp_path), **flags_of(SHARED, data, tmp_path))
+def slow_job(data, tmp_path) -> Iterator[Job]:
+    """A slow run on two processes that has its first checkpoint, and far to go."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    job = torchrun(tmp_path, script, **flags_of(SHARED, data, tmp_path))
     wait_for((tmp_path / "out" / "ckpt.pt").exists, job)
+    pids = ranks_of(job)
     yield job
-    job.kill()
+    if job.running():
+        for pid in (*pids, job.process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_two_processes_of_torchrun_agree_with_one(data, tmp_path, alone):
-    result = Torchrun(tmp_path, **flags_of(SHARED, data, tmp_path)).wait()
+    result = torchrun(tmp_path, **flags_of(SHARED, data, tmp_path)).wait()
     assert result.status == 0, result.err
     check_agree(tmp_path / "out", alone)
     assert result.err.count("iteration 25: train loss") == 1
     assert result.out.count("Once upon a time") == 1
 
 
-def test_sigterm_to_torchrun_stops_all_after_the_same_step_and_one_process_goes_on(
-    slow_job, tmp_path, alone
-):
-    slow_job.process.send_signal(signal.SIGTERM)
+def test_sigterm_to_torchrun_stops_all_after_the_same_step(slow_job, tmp_path, alone):
+    slow_job.send(signal.SIGTERM)
     result = slow_job.wait()
     assert result.status != 0 and "--resume" in result.err
     stopped = [int((tmp_path / f"stopped_{rank}").read_text()) for rank in (0, 1)]
@@ -249,10 +220,9 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step_and_one_process_goes_
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job_and_one_process_goes_on(slow_job, tmp_path, alone, rank):
-    pids = slow_job.ranks()
+    pids, begin = ranks_of(slow_job), time.monotonic()
     os.kill(pids[rank], signal.SIGKILL)
-    result = slow_job.wait(60)  # the promise: within a minute
-    assert result.status != 0
+    assert slow_job.wait().status != 0 and time.monotonic() - begin < 60  # the promise: a minute
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert saved_iteration(tmp_path) in STEP_ENDS[:-1]
     wait_for_all([Job(tmp_path, "--resume", out_dir=tmp_path / "out")])
@@ -262,9 +232,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(slow_job, tmp_path, 
 # ------------------------------------ Forked processes: the same results, and errors on all of them
 
 
-def test_three_processes_agree_with_one_share_all_work_and_only_rank_0_writes(
-    data, tmp_path, alone
-):
+def test_three_processes_agree_with_one_and_share_all_work(data, tmp_path, alone):
     folder = tmp_path / "run"
     folder.mkdir()
 
@@ -300,13 +268,11 @@ def test_a_run_goes_on_from_one_process_to_two(data, tmp_path, alone):
 
 def slow_write() -> Hook:
     """A disk that takes its time."""
-    return at(SAVE_FILE, None, subprocess.run, ["sleep", "0.7"])
+    return at(SAVE_FILE, None, time.sleep, 0.4)
 
 
 def test_all_score_with_the_best_weights_once_they_are_written(data, tmp_path):
-    """The only evaluation is the last: nobody may look for model.pt before rank 0 has written
-    it.
-    """
+    """The only evaluation is the last: nobody may look for model.pt before rank 0 wrote it."""
     flags = flags_of(FEW | dict(eval_interval=1000), data, tmp_path)
     one = Job(tmp_path, **flags | dict(out_dir=tmp_path / "one")).wait()
     results = wait_for_all(fork_ranks(tmp_path, 2, hooks=on_rank(0, slow_write()), **flags))
@@ -314,10 +280,9 @@ def test_all_score_with_the_best_weights_once_they_are_written(data, tmp_path):
 
 
 def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alone):
-    """A run that learns next to nothing scores as the model it starts from, which each rank reads
-    for itself. It is long enough for the whole split to be scored at its end.
-    """
-    nothing = dict(learning_rate=1e-30, min_lr=0, max_iters=9, weight_decay=0, batch_size=64)
+    """One that learns nothing, and is long enough for the whole split to be scored at its end."""
+    nothing = dict(learning_rate=1e-30, min_lr=0, max_iters=9, weight_decay=0, batch_size=64,
+                   device_batch_size=96)
     flags = flags_of(FEW | nothing, data, tmp_path) | dict(init_from=alone / "model.pt")
     results = wait_for_all(fork_ranks(tmp_path, 2, **flags))
     flags = dict(out_dir=alone, device="cpu", dtype="float32")
@@ -325,9 +290,7 @@ def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alo
     assert f"perplexity {perplexity(results[0])}" in scored[0].out and scored[1].out == ""
 
 
-def test_a_signal_to_one_rank_stops_all_and_none_leaves_before_the_checkpoint_is_written(
-    data, tmp_path
-):
+def test_a_signal_to_one_rank_stops_all_once_the_checkpoint_is_written(data, tmp_path):
     """A rank that left would make torchrun end the one that writes."""
 
     def hooks(rank: int) -> tuple[Hook, ...]:
