@@ -65,7 +65,7 @@ def parse_command_line(argv: list[str]) -> Any:
              high=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", choices=DTYPES)
     add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
-             "be new, and exit without a story")
+             "be new, and exit (default: write stories)")
     return parser.parse_args(argv)
 
 

@@ -243,7 +243,8 @@ def test_help_of_a_preset_shows_its_defaults(capsys, preset):
     expected = {field.name: field.default for field in FLAGS} | PRESETS[preset]
     expected["preset"] = preset
     for name, value in expected.items():
-        assert value is None or told[name] == text_of(value), name
+        text = f"{value:g}" if isinstance(value, float) else text_of(value)
+        assert value is None or told[name] == text, name
 
 
 # --------------------------------------------------------------------------------- config.py edited
