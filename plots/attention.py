@@ -70,10 +70,10 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(argv)
     out = picture_path(args.out)
     model, checkpoint = read_model(args.checkpoint or (args.stages or [None])[-1])
-    blocks, heads, size = model.config.n_layer, model.config.n_head, model.config.block_size
-    one = None if args.head is None else (args.layer, args.head)
-    if one and (args.layer >= blocks or args.head >= heads):
-        raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
+    size, one = model.config.block_size, None
+    if args.head is not None:
+        one = args.layer, args.head
+        check_head(model, checkpoint, *one)
     ids = prompt_ids(read_prompt(args.prompt), model.to(pick_device(args.device)))
     if len(ids) < 2:
         raise UserError("the prompt is one token: give two or more, which can attend to each other")
@@ -94,6 +94,13 @@ def main(argv: list[str]) -> None:
         where = f"{len(windows)} windows of {size} tokens of {args.data_dir}, loss {loss:.4f}"
     print_heads(table, rises)
     print(f"Over {where}.")
+
+
+def check_head(model: GPT, checkpoint: str, layer: int, head: int) -> None:
+    """UserError if the model has no such head."""
+    blocks, heads = model.config.n_layer, model.config.n_head
+    if layer >= blocks or head >= heads:
+        raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
 
 
 def validation_windows(data_dir: str, size: int) -> Tensor:
@@ -326,6 +333,7 @@ def draw_stages(path: Path, checkpoints: list[str], ids: Tensor, layer: int, hea
     row = figure.subplots(1, len(checkpoints), squeeze=False)[0]
     for axes, checkpoint in zip(row, checkpoints, strict=True):
         model, _ = read_model(checkpoint)
+        check_head(model, checkpoint, layer, head)
         weights = attention_maps(model.to(ids.device), ids)[layer, head].cpu()
         weights += torch.full_like(weights, math.nan).triu(1)  # what lies ahead is not drawn
         axes.imshow(weights, norm=PowerNorm(0.5, 0, 1))
