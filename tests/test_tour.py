@@ -173,6 +173,11 @@ def test_stages_are_maps_of_one_head_side_by_side(checkpoint, model, monkeypatch
         expected = attention.attention_maps(one, ids)[1, 0].numpy()
         np.testing.assert_allclose(np.nan_to_num(axes.images[0].get_array().filled(0)), expected)
     assert [text.get_text() for text in texts].count("␣lake") == 4
+    small = GPT(Config(n_layer=1, n_head=2, n_embd=32, block_size=16))
+    save_file(tmp_path / "model.pt", small.config, small)
+    stages = [str(tmp_path / "model.pt"), checkpoint]
+    line = conftest.refusal(attention.main, ["--layer", "1", "--head", "0", "--stages", *stages])
+    assert line.startswith(stages[0]) and "layers up to 0" in line
 
 
 @pytest.mark.parametrize("flag", [["--numbers"], ["--stages", "a.pt"]])
