@@ -3,6 +3,8 @@
 It draws the attention of every head over a prompt, or of one head, beside the tokens that the
 model expects next. It prints a table of where each head looks and what it is worth, and a legend
 that explains the columns. The first token of a text can only look at itself: its row is left out.
+With `--layer 0 --head 1 --numbers` it prints the arithmetic of that head, and draws nothing. With
+`--layer 0 --head 1 --stages out/a/model.pt out/b/model.pt` it draws that head of several models.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
 WINDOWS = 256  # of the validation split
+SHOWN = 4  # the tokens, and the numbers of each token's value, that --numbers prints
 COVERED = 0.999  # the share of the model's probability that `silence_each` computes exactly
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
          "same": "same token", "after": "induction"}
@@ -42,27 +45,45 @@ if the rise is below two of these."""
 Table = dict[str, Tensor]  # the figures of a column of the table, (blocks, heads)
 
 
-def main(argv: list[str]) -> None:
+def parse_command_line(argv: list[str]) -> Any:
     parser = Parser("Draws what a model's attention heads look at, and prints a table of them.")
     add_model_flags(parser)
     add_flag(parser, "layer", int, None, "with --head: the one head to draw, from 0", low=0)
     add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", low=0)
+    parser.add_argument("--numbers", action="store_true", help="with --layer and --head: print its "
+                        f"arithmetic for the last {SHOWN} tokens, and draw nothing")
+    parser.add_argument("--stages", nargs="+", metavar="PATH", help="with --layer and --head: the "
+                        "models whose maps of this head are drawn, side by side")
     default = str(Path(__file__).with_suffix(".png"))
     add_flag(parser, "out", str, default, "the picture to write: png, pdf or svg, by its ending")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
              "split, and has what each head is worth (default: about the prompt)")
     args = parser.parse_args(argv)
-    out = picture_path(args.out)
     if (args.layer is None) != (args.head is None):
         raise UserError("--layer and --head go together: they name one head")
-    model, checkpoint = read_model(args.checkpoint)
-    blocks, heads, size = model.config.n_layer, model.config.n_head, model.config.block_size
-    one = None if args.head is None else (args.layer, args.head)
-    if one and (args.layer >= blocks or args.head >= heads):
-        raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
+    if (args.numbers or args.stages) and args.head is None:
+        raise UserError("--numbers and --stages are about one head: add --layer and --head")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_command_line(argv)
+    out = picture_path(args.out)
+    model, checkpoint = read_model(args.checkpoint or (args.stages or [None])[-1])
+    size, one = model.config.block_size, None
+    if args.head is not None:
+        one = args.layer, args.head
+        check_head(model, checkpoint, *one)
     ids = prompt_ids(read_prompt(args.prompt), model.to(pick_device(args.device)))
     if len(ids) < 2:
         raise UserError("the prompt is one token: give two or more, which can attend to each other")
+    if args.numbers:
+        print_numbers(model, ids, *one)
+        return
+    if args.stages:
+        draw_stages(out, args.stages, ids, *one)
+        notice(f"wrote {out}")
+        return
     windows = validation_windows(args.data_dir, size) if args.data_dir else ids.unsqueeze(0)
     table = head_table(model, windows[:, :size].to(ids.device))
     draw(out, model, ids, table, one)
@@ -73,6 +94,13 @@ def main(argv: list[str]) -> None:
         where = f"{len(windows)} windows of {size} tokens of {args.data_dir}, loss {loss:.4f}"
     print_heads(table, rises)
     print(f"Over {where}.")
+
+
+def check_head(model: GPT, checkpoint: str, layer: int, head: int) -> None:
+    """UserError if the model has no such head."""
+    blocks, heads = model.config.n_layer, model.config.n_head
+    if layer >= blocks or head >= heads:
+        raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
 
 
 def validation_windows(data_dir: str, size: int) -> Tensor:
@@ -209,6 +237,42 @@ def print_heads(table: Table, rises: Tensor | None) -> None:
     print(LEGEND)
 
 
+@torch.no_grad()
+def print_numbers(model: GPT, ids: Tensor, layer: int, head: int) -> None:
+    """Prints how one head weighs the last SHOWN of ids (T,), and how it mixes their values."""
+    attn = model.transformer.h[layer].attn
+    (x,) = inputs_of([attn], model, ids.unsqueeze(0))
+    q, k, v = attn.queries_keys_values(x)[:, 0, head].cpu()  # (T, width) each
+    weights, scores = attn.weights(q, k), (q @ k.T) * q.size(1) ** -0.5
+    masked = scores.masked_fill(weights == 0, -math.inf)
+    before = max(0, len(ids) - SHOWN)
+    rows = columns = [visible(token_bytes()[token]) for token in ids[before:].tolist()]
+    print(f"Block {layer}, head {head}. A row is the token that looks, a column one it looks at.")
+    title = f"scores: query . key / sqrt({q.size(1)})"
+    print_matrix(title, rows, columns, scores[before:, before:])
+    print_matrix("after the mask: nobody sees the future", rows, columns, masked[before:, before:])
+    if before:  # what is not shown becomes one column, with the sum of the weights ...
+        columns = [f"{before} earlier", *columns]
+        total = weights[:, :before].sum(1, keepdim=True)
+        mean = weights[-1:, :before] @ v[:before] / total[-1].clamp(min=1e-30)  # ... and their mean
+        weights, v = torch.cat([total, weights[:, before:]], 1), torch.cat([mean, v[before:]])
+    title = "after the softmax: the weights; each row adds up to 1"
+    print_matrix(title, rows, columns, weights[before:])
+    parts = torch.column_stack([weights[-1], v[:, :SHOWN]])
+    mix = torch.cat([weights[-1:].sum(1), weights[-1] @ v[:, :SHOWN]])
+    names = ["weight", *(f"value[{i}]" for i in range(len(mix) - 1))]
+    title = f"what {rows[-1]} reads: values times weights, added up (first {SHOWN} of {q.size(1)})"
+    print_matrix(title, [*columns, "sum"], names, torch.vstack([parts, mix]))
+
+
+def print_matrix(title: str, rows: list[str], columns: list[str], numbers: Tensor) -> None:
+    cells = []
+    for name, row in zip(rows, numbers.tolist(), strict=True):
+        cells.append([name, *(f"{number:.2f}" for number in row)])
+    print(f"\n{title}\n")
+    print_table(["", *columns], cells)
+
+
 def visible(token: bytes) -> str:
     """A token as it is drawn: a space as ␣, a line end as ↵, and as bytes what the font lacks."""
     from matplotlib.font_manager import findfont, get_font
@@ -242,8 +306,7 @@ def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int]
         axes.set(xlabel=f"head {head}", ylabel=f"block {block}", xticks=[], yticks=[])
         axes.label_outer()
     if one:
-        axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(range(len(tokens)), tokens, fontsize=8, parse_math=False)
+        name_tokens(axes, tokens)
     text = textwrap.fill(" ".join(tokens), int(13 * width), max_lines=3)
     left.suptitle(text, fontsize=9, parse_math=False)
     bar = left.colorbar(image, ax=grid, location="bottom", shrink=0.6, aspect=40, pad=0.02)
@@ -252,6 +315,31 @@ def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int]
     left.supxlabel("how a token (row) shares its attention among itself and those before (columns)",
                    fontsize=10)
     draw_expected(right.subplots(), model, ids)
+    write_figure(figure, path)
+
+
+def name_tokens(axes: Any, tokens: list[str]) -> None:
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=8, parse_math=False)
+
+
+def draw_stages(path: Path, checkpoints: list[str], ids: Tensor, layer: int, head: int) -> None:
+    """Draws one head's maps over ids (T,) in several models, each under its folder's name."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    tokens = [visible(token_bytes()[token]) for token in ids.tolist()]
+    figure = Figure(figsize=(3.3 * len(checkpoints), 3.6), layout="constrained")
+    row = figure.subplots(1, len(checkpoints), squeeze=False)[0]
+    for axes, checkpoint in zip(row, checkpoints, strict=True):
+        model, _ = read_model(checkpoint)
+        check_head(model, checkpoint, layer, head)
+        weights = attention_maps(model.to(ids.device), ids)[layer, head].cpu()
+        weights += torch.full_like(weights, math.nan).triu(1)  # what lies ahead is not drawn
+        axes.imshow(weights, norm=PowerNorm(0.5, 0, 1))
+        axes.set_title(Path(checkpoint).parent.name, fontsize=10, parse_math=False)
+        axes.set(frame_on=False)
+        name_tokens(axes, tokens)
     write_figure(figure, path)
 
 
