@@ -28,7 +28,6 @@ from plots.loss_curve import picture_path, print_table, write_figure
 from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
-WINDOWS = 256  # of the validation split
 SHOWN = 4  # the tokens, and the numbers of each token's value, that --numbers prints
 COVERED = 0.999  # the share of the model's probability that `silence_each` computes exactly
 NAMES = {"first": "first token", "itself": "itself", "previous": "previous token",
@@ -58,6 +57,7 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "out", str, default, "the picture to write: png, pdf or svg, by its ending")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
              "split, and has what each head is worth (default: about the prompt)")
+    add_flag(parser, "windows", int, 256, "of the validation split; fewer are faster", low=1)
     args = parser.parse_args(argv)
     if (args.layer is None) != (args.head is None):
         raise UserError("--layer and --head go together: they name one head")
@@ -84,7 +84,9 @@ def main(argv: list[str]) -> None:
         draw_stages(out, args.stages, ids, *one)
         notice(f"wrote {out}")
         return
-    windows = validation_windows(args.data_dir, size) if args.data_dir else ids.unsqueeze(0)
+    windows = ids.unsqueeze(0)
+    if args.data_dir:
+        windows = validation_windows(args.data_dir, size, args.windows)
     table = head_table(model, windows[:, :size].to(ids.device))
     draw(out, model, ids, table, one)
     notice(f"wrote {out}")
@@ -103,13 +105,13 @@ def check_head(model: GPT, checkpoint: str, layer: int, head: int) -> None:
         raise UserError(f"{checkpoint} has layers up to {blocks - 1} and heads up to {heads - 1}")
 
 
-def validation_windows(data_dir: str, size: int) -> Tensor:
+def validation_windows(data_dir: str, size: int, most: int) -> Tensor:
     """Evenly spaced windows of the validation split, (W, size + 1). UserError if too short."""
     load_meta(data_dir)
     tokens = open_split(data_dir, "val")
     if len(tokens) <= size:
         raise UserError(f"the val split in {data_dir} is {len(tokens)} tokens, the context {size}")
-    starts = np.linspace(0, len(tokens) - size - 1, min(WINDOWS, (len(tokens) - 1) // size))
+    starts = np.linspace(0, len(tokens) - size - 1, min(most, (len(tokens) - 1) // size))
     windows = np.stack([tokens[start : start + size + 1] for start in starts.astype(int)])
     return torch.from_numpy(windows.astype("int64"))
 

@@ -90,6 +90,8 @@ class Job:
         words = [*argv, *(f"--{name}={value}" for name, value in flags.items())]
         number = next(self.numbers)
         self.out, self.err = folder / f"{number}.out", folder / f"{number}.err"
+        for file in (self.out, self.err):
+            file.touch()  # it may be killed before it writes
         figures = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
         FORKS.set_forkserver_preload(["pytest", "test_survival", "torch._dynamo", *figures])
         with pytest.MonkeyPatch.context() as patch:
