@@ -448,7 +448,7 @@ def restore(run: "Run", checkpoint: dict) -> None:
         # A model.pt that is missing, damaged or another run's is replaced by the next evaluation.
         with contextlib.suppress(UserError, OSError):
             best = gpt.load_file(run.folder.model)
-            now = {name: getattr(run.config, name) for name in MAY_CHANGE}
+            now = {name: getattr(run.config, name) for name in (*MAY_CHANGE, "dataset")}
             if dataclasses.replace(gpt.config_of(best, run.folder.model), **now) == run.config:
                 run.folder.best_loss = best.get("val_loss", math.inf)
 

@@ -409,9 +409,9 @@ def test_a_file_system_without_modes_is_written_to(monkeypatch, tmp_path):
 def test_a_file_system_without_locks_is_used_without(monkeypatch, tmp_path):
     problem = OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr("fcntl.flock", raises(problem))
-    (tmp_path / ".ckpt.pt.1.partial").touch()  # it may be another process's, at work
+    (tmp_path / ".ckpt.pt.0a1b2c3d.partial").touch()  # it may be another process's, at work
     assert lock_folder(tmp_path) is not None and lock_folder(tmp_path) is not None
-    assert (tmp_path / ".ckpt.pt.1.partial").exists()
+    assert (tmp_path / ".ckpt.pt.0a1b2c3d.partial").exists()
 
 
 @pytest.fixture

@@ -1193,6 +1193,7 @@ def test_a_better_model_pt_than_the_checkpoint_knows_of_is_kept(finished, tmp_pa
     out = copy_of(finished, tmp_path)
     content = load_file(out / "ckpt.pt")
     content["state"]["log"] = content["state"]["log"][:1]
+    content["config"]["dataset"] = "/the/same/text/elsewhere"
     torch.save(content, out / "ckpt.pt")
     run = train.resumed_run(train.RunFolder(out), {"out_dir": str(out)})
     assert run.folder.best_loss == load_file(out / "model.pt")["val_loss"]
@@ -1286,6 +1287,7 @@ def test_ctrl_c_in_the_last_picture_leaves_out_the_story(finished, tmp_path, mon
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train.RunFolder, "write_record", write)
+    monkeypatch.setattr(train, "tell_story", pytest.fail)
     with pytest.raises(SystemExit) as stopped:
         main(**finished.flags | dict(out_dir=tmp_path / "new", max_iters=4))
     assert stopped.value.code == 130
