@@ -67,9 +67,14 @@ class Attention(nn.Module):
         return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
 
     @staticmethod
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        """How well each token's query (row) fits each token's key (column): (B, heads, T, T)."""
+        return (q @ k.transpose(-2, -1)) * k.size(-1) ** -0.5
+
+    @staticmethod
     def weights(q: Tensor, k: Tensor) -> Tensor:
         """Each token's (row's) attention to itself and those before it: (B, heads, T, T)."""
-        scores = (q @ k.transpose(-2, -1)) * k.size(-1) ** -0.5
+        scores = Attention.scores(q, k)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32)
 

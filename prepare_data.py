@@ -253,7 +253,7 @@ SIGNATURES = {
 }
 
 
-def read_rows(path: Path, separator: str = SEPARATOR) -> Iterator[Any]:
+def read_rows(path: Path, separator: str) -> Iterator[Any]:
     """What each row of a file holds, not yet checked: its text, or, of JSON, the whole value."""
     with open(path, "rb") as file:
         start = file.read(512)
@@ -326,7 +326,8 @@ def read_json_lines(file: Any, path: Path) -> Iterator[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
-def read_hub(split: Any, name: str) -> Iterator[Any]:
+def read_hub(split: Any, name: str, separator: str) -> Iterator[Any]:
+    """The texts of a Hub split; `read_stories` looks for the separator in each."""
     for batch in split.iter(batch_size=1000):
         yield from batch[column_of(batch, name)]
 
@@ -372,13 +373,13 @@ def find_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
     if found.pop("test", None):
         notice(f"{dataset}: the split test is left out")
     for split, files in found.items():
-        read = partial(read_stories, partial(read_rows, separator=separator), files, separator)
+        read = partial(read_stories, read_rows, files, separator)
         names = ", ".join(map(str, files[:3]))
         sources[split] = Source(read, f"there is no story: {names} is empty")
     return sources
 
 
-def find_hub_splits(dataset: str, separator: str = SEPARATOR) -> Splits:
+def find_hub_splits(dataset: str, separator: str) -> Splits:
     """Streamed by the library `datasets`: nothing is copied to the disk."""
     full_name = ask_hub(dataset)
     import datasets
@@ -417,14 +418,14 @@ def ask_hub(dataset: str) -> str:
                         f"{OFFLINE}") from problem
 
 
-def read_stories(read: Callable, names: list[Any], separator: str = SEPARATOR) -> Iterator[str]:
+def read_stories(read: Callable, names: list[Any], separator: str) -> Iterator[str]:
     """The stories in the rows of each file (or of the one Hub split); a row without a text is an
     empty story. UserError names the row whose text is no string, or cannot be read.
     """
     for name in names:
         number = 0
         try:
-            for number, text in enumerate(read(name), 1):
+            for number, text in enumerate(read(name, separator), 1):
                 if isinstance(text, dict):
                     text = text[column_of(text, f"{name}, row {number}")]
                 if text is None or isinstance(text, float) and math.isnan(text):
@@ -504,8 +505,7 @@ def stream_ids(dataset: str, separator: str = SEPARATOR) -> Iterator[Batch]:
     END_OF_TEXT behind each story, and how many `stories`, `tokens` and UTF-8 `bytes` these are.
     """
     files = list(itertools.chain(*find_files(dataset).values()))
-    read = partial(read_rows, separator=separator)
-    with closing(read_stories(read, files, separator)) as stories:
+    with closing(read_stories(read_rows, files, separator)) as stories:
         yield from encode_all(stories, THREADS)
 
 

@@ -245,10 +245,10 @@ def print_numbers(model: GPT, ids: Tensor, layer: int, head: int) -> None:
     attn = model.transformer.h[layer].attn
     (x,) = inputs_of([attn], model, ids.unsqueeze(0))
     q, k, v = attn.queries_keys_values(x)[:, 0, head].cpu()  # (T, width) each
-    weights, scores = attn.weights(q, k), (q @ k.T) * q.size(1) ** -0.5
+    scores, weights = attn.scores(q, k), attn.weights(q, k)
     masked = scores.masked_fill(weights == 0, -math.inf)
     before = max(0, len(ids) - SHOWN)
-    rows = columns = [visible(token_bytes()[token]) for token in ids[before:].tolist()]
+    rows = columns = token_names(ids[before:])
     print(f"Block {layer}, head {head}. A row is the token that looks, a column one it looks at.")
     title = f"scores: query . key / sqrt({q.size(1)})"
     print_matrix(title, rows, columns, scores[before:, before:])
@@ -286,14 +286,17 @@ def visible(token: bytes) -> str:
     return text
 
 
+def token_names(ids: Tensor) -> list[str]:
+    """Ids (T,) as they are drawn."""
+    return [visible(token_bytes()[token]) for token in ids.tolist()]
+
+
 def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int] | None) -> None:
     """Draws maps over ids (T,): of all heads, or of `one` (block, head) with its tokens."""
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     maps = attention_maps(model, ids).cpu()
-    maps += torch.full(maps.shape[2:], math.nan).triu(1)  # what lies ahead is not drawn
-    tokens = [visible(token_bytes()[token]) for token in ids.tolist()]
+    tokens = token_names(ids)
     blocks, heads = (1, 1) if one else maps.shape[:2]
     # Inches, of which ten can be read on a page. Beside one map, each token needs 0.15.
     width = max(7.5, 0.15 * len(tokens) + 1.5 if one else 1.1 * heads + 0.9)
@@ -303,7 +306,7 @@ def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int]
     grid = left.subplots(blocks, heads, squeeze=False, subplot_kw=dict(frame_on=False))
     cells = [one] if one else itertools.product(range(blocks), range(heads))
     for axes, (block, head) in zip(grid.flat, cells, strict=True):
-        image = axes.imshow(maps[block, head], norm=PowerNorm(0.5, 0, 1))
+        image = draw_map(axes, maps[block, head])
         axes.set_title(head_name(table, block, head), fontsize=8, pad=3)
         axes.set(xlabel=f"head {head}", ylabel=f"block {block}", xticks=[], yticks=[])
         axes.label_outer()
@@ -320,6 +323,14 @@ def draw(path: Path, model: GPT, ids: Tensor, table: Table, one: tuple[int, int]
     write_figure(figure, path)
 
 
+def draw_map(axes: Any, weights: Tensor) -> Any:
+    """Draws one head's attention (T, T); what lies ahead is left white. Returns the image."""
+    from matplotlib.colors import PowerNorm
+
+    return axes.imshow(weights + torch.full_like(weights, math.nan).triu(1),
+                       norm=PowerNorm(0.5, 0, 1))
+
+
 def name_tokens(axes: Any, tokens: list[str]) -> None:
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(tokens)), tokens, fontsize=8, parse_math=False)
@@ -327,18 +338,15 @@ def name_tokens(axes: Any, tokens: list[str]) -> None:
 
 def draw_stages(path: Path, checkpoints: list[str], ids: Tensor, layer: int, head: int) -> None:
     """Draws one head's maps over ids (T,) in several models, each under its folder's name."""
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    tokens = [visible(token_bytes()[token]) for token in ids.tolist()]
+    tokens = token_names(ids)
     figure = Figure(figsize=(3.3 * len(checkpoints), 3.6), layout="constrained")
     row = figure.subplots(1, len(checkpoints), squeeze=False)[0]
     for axes, checkpoint in zip(row, checkpoints, strict=True):
         model, _ = read_model(checkpoint)
         check_head(model, checkpoint, layer, head)
-        weights = attention_maps(model.to(ids.device), ids)[layer, head].cpu()
-        weights += torch.full_like(weights, math.nan).triu(1)  # what lies ahead is not drawn
-        axes.imshow(weights, norm=PowerNorm(0.5, 0, 1))
+        draw_map(axes, attention_maps(model.to(ids.device), ids)[layer, head].cpu())
         axes.set_title(Path(checkpoint).parent.name, fontsize=10, parse_math=False)
         axes.set(frame_on=False)
         name_tokens(axes, tokens)
@@ -351,7 +359,7 @@ def draw_expected(axes: Any, model: GPT, ids: Tensor) -> None:
     shares, best = model(ids.unsqueeze(0))[0, -1].softmax(0).cpu().topk(10)
     bars = axes.barh(range(10), shares)
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=8, padding=2)
-    labels = [visible(token_bytes()[token]) for token in best.tolist()]
+    labels = token_names(best)
     axes.set_yticks(range(10), labels, fontsize=9, parse_math=False)
     axes.set(title="expected next", xticks=[], frame_on=False)
     axes.invert_yaxis()
