@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
              choices=("tokens", "iteration", "seconds"))
     parser.add_argument("--log", action="store_true", help="a logarithmic x axis")
     add_flag(parser, "level", float, None, "a loss at which to draw a line")
+    add_flag(parser, "top", float, None, "the highest loss that is shown")
     add_flag(parser, "out", str, None, "the picture, .png, .pdf or .svg; else plots/<run>.png, or "
              "plots/runs.png for several")
     args = parser.parse_args(argv)
@@ -59,11 +60,13 @@ def main(argv: list[str]) -> None:
         reasons = [f"{text}: {run.problem}" for text, run in zip(args.runs, runs, strict=True)]
         raise UserError("; ".join(reasons))
     first = good[0]
-    plain = args.level is None and not args.x and not args.log and "learning_rate" in first.log[0]
+    plain = args.level is None and args.top is None and not args.x and not args.log
+    plain = plain and "learning_rate" in first.log[0]
     if len(runs) == 1 and plain:  # as train.py draws it
         draw_run(out, first.name, first.log, published=first.settings.get("preset") == "reference")
     else:
-        draw_runs(out, good, args.x or "tokens", "log" if args.log else "linear", args.level)
+        draw_runs(out, good, args.x or "tokens", "log" if args.log else "linear", args.level,
+                  args.top)
     notice(f"wrote {out}")
     print_runs(runs)
 
@@ -269,9 +272,15 @@ def draw_run(path: Path, title: str, log: Log, planned: list[tuple[int, float]] 
     write_figure(figure, path)
 
 
-def draw_runs(path: Path, runs: list[RunLog], x: str, scale: str, level: float | None) -> None:
-    """Writes a picture: the validation losses of all runs over `x`, a column of their logs."""
+def draw_runs(path: Path, runs: list[RunLog], x: str, scale: str, level: float | None,
+              top: float | None) -> None:
+    """Writes a picture: the validation losses of all runs over `x`, a column of their logs.
+
+    `scale` is that of the x axis, "linear" or "log"; `level` a loss at which to draw a line; `top`
+    the highest loss that is shown.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure, published = Figure(figsize=(9, 5.5), layout="constrained"), read_log(PUBLISHED)
     axes = figure.subplots()
@@ -286,6 +295,8 @@ def draw_runs(path: Path, runs: list[RunLog], x: str, scale: str, level: float |
         axes.axhline(level, color="0.5", linewidth=1, linestyle=":")
         axes.text(0.01, level, f"{level:g}", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set(xlabel=x, xscale=scale, ylabel="validation loss (nats per token)")
+    axes.set_ylim(top=top)
+    axes.xaxis.set_major_formatter(EngFormatter())  # 10 M, not 1e7
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_figure(figure, path)

@@ -353,6 +353,16 @@ def test_names_that_matplotlib_would_read_as_formulas_or_hide(tmp_path, monkeypa
     assert names[0].startswith(r" \$5_vs_\$6") and names[1].startswith(" _a")
 
 
+def test_the_highest_loss_that_is_shown_and_tokens_in_millions(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(loss_curve, "write_figure", lambda figure, path: figures.append(figure))
+    loss_curve.main([make_run(tmp_path / "a", [9, 4, 3]), "--top", "5"])
+    figures[0].canvas.draw()
+    axes = figures[0].axes[0]
+    assert axes.get_ylim()[1] == 5 and axes.get_ylim()[0] < 3
+    assert axes.xaxis.get_major_formatter()(4e6) == "4 M"
+
+
 def write_law(folder: Path, lengths: list[float]) -> list[str]:
     """Logs of runs whose last losses follow L = 1.3 + 1.6 (T / 1 M)^-0.25."""
     paths = [folder / f"{millions}.csv" for millions in lengths]
