@@ -443,11 +443,13 @@ class Lossy:
 
 def is_silent() -> bool:
     """Whether torchrun started this process beside local rank 0, which prints for its machine."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def notice(line: str) -> None:
     """A line for the person at the terminal: stderr, so that stdout holds results only."""
+    if "\n    " not in line:  # a command is indented, and copied whole
+        line = "".join(wrapped([line], sys.stderr))
     if not is_silent():
         print(line, file=sys.stderr, flush=True)
 

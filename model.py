@@ -550,6 +550,8 @@ def load_model(path: str) -> GPT:
     for file in (Path(path, "model.pt"), Path(path, "ckpt.pt")):
         if file.is_file():
             raise UserError(f"{path} is a folder: name the model in it, {file}")
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise UserError(f"no checkpoint in {path}: no model.pt, and no Hugging Face config.json")
     if Path(path).is_dir() or is_hub_name(path):
         return load_hugging_face(path)
     content = load_file(Path(path))

@@ -71,10 +71,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
-    args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    if args.separator != SEPARATOR and args.separator in SEPARATOR:  # the empty text too
-        raise UserError(f"--separator {args.separator!r} must not be a part of {SEPARATOR}")
-    prepare(**vars(args))
+    text = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    edges = range(1, min(len(text), len(SEPARATOR)))
+    overlaps = any(SEPARATOR.endswith(text[:n]) or SEPARATOR.startswith(text[-n:]) for n in edges)
+    if text != SEPARATOR and (overlaps or text in SEPARATOR):  # as the empty text is
+        raise UserError(f"--separator {text!r} must not be a part of {SEPARATOR} or overlap it")
+    prepare(**vars(args) | {"separator": text})
 
 
 # ------------------------------------------------------------------------------------ The tokenizer
@@ -659,11 +661,11 @@ def cut_in_two(story: str, meta: dict, folder: Path, share: float | None) -> Spl
     dataset, hint = meta["dataset"], ""
     if share is None:
         likely = next((mark for mark in OTHER_SEPARATORS if mark in story), None)
-        if likely and suffix_of(dataset) not in SUFFIXES[1:]:
+        if likely:
             again = command(meta, folder, separator=likely)
             hint = f"if {likely!r} stands between its stories, `{again}`; "
         again = command(meta, folder, val_fraction=0.1)
-        raise UserError(f"{dataset} is one story (between stories, a .txt file has {SEPARATOR} or "
+        raise UserError(f"{dataset} is one story (between stories stands {SEPARATOR} or "
                         f"--separator TEXT): {hint}`{again}` cuts off its last tenth to validate "
                         "on, or name another text with --val_dataset")
     notice(f"{dataset} is one story: the last {share:.3g} of it is the validation split")
@@ -723,12 +725,12 @@ def write_split(split: str, path: Path, source: Source, num_threads: int, in_val
             counts.update(more)
             bar.update(more["stories"])
     told = [f"{count:,} {name}" for name, count in counts.items() if count and name != "bytes"]
-    notice(f"{split}: {', '.join(told)}")
+    notice(f"{split}: {', '.join(told)}".replace(": 1 stories", ": 1 story"))
     if not counts["stories"]:
         raise UserError(source.if_empty)
     if counts["in both splits"]:
-        notice(f"warning: {counts['in both splits']:,} training stories are in the validation "
-               "split too, so that its loss is lower than on new stories")
+        notice("warning: training stories that are in the validation split too: "
+               f"{counts['in both splits']:,}. Its loss is lower than on new stories")
     return {**counts, "sha256": digest.hexdigest()}
 
 

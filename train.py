@@ -27,7 +27,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import (  # first: it sets what torch reads when it is imported
+    PRESETS,
     Config,
     Parser,
     UserError,
@@ -312,6 +312,7 @@ def description(run: "Run") -> list[str]:
     length = config.max_iters * config.tokens_per_iteration
     steps = math.ceil(config.max_iters / config.gradient_accumulation_steps)
     in_steps = "one step" if steps == 1 else f"{steps:,} steps"
+    iterations = "1 iteration" if config.max_iters == 1 else f"{config.max_iters:,} iterations"
     size = min(config.tokens_per_iteration * config.gradient_accumulation_steps, length)
     total = f"{length / 1e6:.1f} M" if length > 1e6 else f"{length:,}"
     if config.max_epochs or length > tokens:
@@ -321,13 +322,12 @@ def description(run: "Run") -> list[str]:
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
         f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         f"{config.data_dir}: {tokens:,} training tokens",
-        f"{config.max_iters:,} iterations in {in_steps} of {size:,} tokens: {total}",
+        f"{iterations} in {in_steps} of {size:,} tokens: {total}",
         f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; batch_size "
         f"{config.batch_size}; seed {config.seed}",
     ]
     if changes:
-        lines.append(textwrap.fill(f"changed: {changes}", 79, subsequent_indent="    ",
-                                   break_long_words=False, break_on_hyphens=False))
+        lines.append(f"changed: {changes}")
     last = learning_rate_at(config, config.max_iters - 1)
     if config.warmup >= config.max_iters:
         lines.append(f"warning: the warmup of {config.warmup:,} iterations is not shorter than the "
@@ -935,13 +935,17 @@ class Run:
 
     def fail(self, reason: str) -> NoReturn:
         """UserError with what can be done about a run that has diverged."""
-        config, folder = self.config, self.folder
-        lower = {name: f"{getattr(config, name) / 3:.2g}" for name in ("learning_rate", "min_lr")}
+        folder, lower = self.folder, {}
+        # With a warmup that a flag can say, which None is not.
+        config = dataclasses.replace(self.config, warmup_iters=self.config.warmup)
+        usual = Config.from_preset(config.preset) if config.preset in PRESETS else Config()
+        for name in ("learning_rate", "min_lr"):
+            lower[name] = f"{min(getattr(config, name) / 3, getattr(usual, name)):.2g}"
         if folder.replaces or not folder.model.exists():
             raise UserError(f"{reason}: train with a lower rate, as --learning_rate "
                             f"{lower['learning_rate']} --min_lr {lower['min_lr']}")
         # The model brings its architecture along; the other settings that were typed stay.
-        flags = {"preset": config.preset, "data_dir": config.data_dir, **differences(config)}
+        flags = {"preset": usual.preset, "data_dir": config.data_dir, **differences(config)}
         flags |= {"init_from": folder.model, "out_dir": f"{folder.path}_lower", **lower}
         words = []
         for name, value in flags.items():

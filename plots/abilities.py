@@ -16,33 +16,37 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, load_file, pick_device
-from plots.loss_curve import picture_path, print_table, write_figure
+from plots.loss_curve import model_names, picture_path, print_table, write_figure
 from prepare_data import encode_text
-from sample import read_model
+from sample import newest_checkpoint, read_model
 
 PAIRS = Path(__file__).with_name("pairs.csv")  # each row's twin stands beside it
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("Prints the share of forced choices that models have right, by category.")
-    parser.add_argument("--checkpoint", nargs="+", default=[""], metavar="PATH", help="models that "
+    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="models that "
                         "sample.py reads, or LABEL=PATH (default: the newest out/*/model.pt)")
     add_flag(parser, "out", str, None, "the picture to write; else plots/abilities.png for several")
     add_flag(parser, "device", str, "auto", "where to run: auto, cpu, mps, cuda or cuda:N")
     args = parser.parse_args(argv)
     out = picture_path(args.out or Path(__file__).with_suffix(".png"))
     device, header, columns, lines = pick_device(args.device), ["right (chance: 50%)"], [], {}
-    for name in args.checkpoint:
+    checkpoints = args.checkpoint or [newest_checkpoint()]
+    if not args.checkpoint:
+        notice(f"reading {checkpoints[0]}")
+    for name, short in zip(checkpoints, model_names(checkpoints), strict=True):
         label, _, path = ("", "", name) if Path(name).exists() else name.rpartition("=")
         model, path = read_model(path)
         facts = load_file(Path(path)) if Path(path).is_file() else {}
         shares = category_shares(choices(model.to(device), path))
-        header.append(label or (model.config.preset if facts else Path(path).name))
+        header.append(label or short)
         cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
         tokens, loss = (facts.get(fact, math.nan) for fact in ("tokens", "val_loss"))
         cells += [text.replace("nan", "-") for text in (f"{tokens:,.0f}", f"{loss:.4f}")]
         columns.append(cells)
-        lines.setdefault(header[-1], []).append((tokens, shares))
+        line = label or (model.config.preset if facts else Path(path).name)
+        lines.setdefault(line, []).append((tokens, shares))
     rows = zip([*shares, "tokens", "val loss"], *columns, strict=True)
     print_table(header, [list(row) for row in rows])
     if args.out or len(columns) > 1:

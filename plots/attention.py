@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import GPT, pick_device, pick_dtype
-from plots.loss_curve import picture_path, print_table, write_figure
+from plots.loss_curve import model_names, picture_path, print_table, write_figure
 from prepare_data import load_meta, open_split, token_bytes
 from sample import add_model_flags, prompt_ids, read_model, read_prompt
 
@@ -34,13 +34,14 @@ NAMES = {"first": "first token", "itself": "itself", "previous": "previous token
          "same": "same token", "after": "induction"}
 BROAD_FROM = 0.75  # of the entropy of even attention
 LEGEND = f"""
-back: how many tokens back the head looks, on average; bits: the entropy of its attention; then
-its shares on the first token, on the token itself, on the one before, and, where there are any,
-on earlier copies of the token and on what followed those (induction). does: the largest of these
-shares, if it is half of the attention, or twice the next (all other tokens count as one share);
-else broad, if the entropy is at least {BROAD_FROM:.0%} of even attention's; else mixed. worth: how
-much the validation loss rises when this head alone is silenced, and the standard error of that; 0
-if the rise is below two of these."""
+back: how many tokens back the head looks, on average; bits: the entropy of its
+attention; then its shares on the first token, on the token itself, on the one
+before, and, where there are any, on earlier copies of the token and on what
+followed those (induction). does: the largest of these shares, if it is half of
+the attention, or twice the next (all other tokens count as one share); else
+broad, if the entropy is at least {BROAD_FROM:.0%} of even attention's; else mixed. worth:
+how much the validation loss rises when this head alone is silenced, and the
+standard error of that; 0 if the rise is below two of these."""
 Table = dict[str, Tensor]  # the figures of a column of the table, (blocks, heads)
 
 
@@ -49,10 +50,11 @@ def parse_command_line(argv: list[str]) -> Any:
     add_model_flags(parser)
     add_flag(parser, "layer", int, None, "with --head: the one head to draw, from 0", low=0)
     add_flag(parser, "head", int, None, "with --layer: the one head to draw, from 0", low=0)
-    parser.add_argument("--numbers", action="store_true", help="with --layer and --head: print its "
-                        f"arithmetic for the last {SHOWN} tokens, and draw nothing")
-    parser.add_argument("--stages", nargs="+", metavar="PATH", help="with --layer and --head: the "
-                        "models whose maps of this head are drawn, side by side")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--numbers", action="store_true", help="with --layer and --head: print "
+                         f"its arithmetic for the last {SHOWN} tokens, and draw nothing")
+    instead.add_argument("--stages", nargs="+", metavar="PATH", help="with --layer and --head: the "
+                         "models whose maps of this head are drawn, side by side")
     default = str(Path(__file__).with_suffix(".png"))
     add_flag(parser, "out", str, default, "the picture to write: png, pdf or svg, by its ending")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
@@ -69,11 +71,15 @@ def parse_command_line(argv: list[str]) -> Any:
 def main(argv: list[str]) -> None:
     args = parse_command_line(argv)
     out = picture_path(args.out)
-    model, checkpoint = read_model(args.checkpoint or (args.stages or [None])[-1])
-    size, one = model.config.block_size, None
+    models = [read_model(path) for path in args.stages or [args.checkpoint]]
+    (model, checkpoint), one = models[-1], None
+    size = model.config.block_size
+    if not (args.checkpoint or args.stages):
+        notice(f"reading {checkpoint}")
     if args.head is not None:
         one = args.layer, args.head
-        check_head(model, checkpoint, *one)
+        for stage, path in models:
+            check_head(stage, path, *one)
     ids = prompt_ids(read_prompt(args.prompt), model.to(pick_device(args.device)))
     if len(ids) < 2:
         raise UserError("the prompt is one token: give two or more, which can attend to each other")
@@ -81,7 +87,7 @@ def main(argv: list[str]) -> None:
         print_numbers(model, ids, *one)
         return
     if args.stages:
-        draw_stages(out, args.stages, ids, *one)
+        draw_stages(out, models, ids, *one)
         notice(f"wrote {out}")
         return
     windows = ids.unsqueeze(0)
@@ -93,7 +99,8 @@ def main(argv: list[str]) -> None:
     rises, where = None, f"the prompt's {len(ids)} tokens; --data_dir looks at validation text"
     if args.data_dir:
         loss, rises = silence_each(model, windows.to(ids.device), pick_dtype("auto", ids.device))
-        where = f"{len(windows)} windows of {size} tokens of {args.data_dir}, loss {loss:.4f}"
+        count = "1 window" if len(windows) == 1 else f"{len(windows)} windows"
+        where = f"{count} of {size} tokens of {args.data_dir}, loss {loss:.4f}"
     print_heads(table, rises)
     print(f"Over {where}.")
 
@@ -234,8 +241,10 @@ def print_heads(table: Table, rises: Tensor | None) -> None:
         if rises is not None and rises.size(-1) > 1:  # one window has no standard error
             mean, error = rises[at].mean(), rises[at].std() / math.sqrt(rises.size(-1))
             worth = f"{mean:.4f} ± {error:.4f}" if abs(mean) >= 2 * error else "0"
-        rows.append([*map(str, at), back, bits, *shares, head_name(table, *at), worth])
-    print_table(["block", "head", "back", "bits", *NAMES, "does", "worth"], rows)
+        does = head_name(table, *at).removesuffix(" token")
+        rows.append([*map(str, at), back, bits, *shares, does, worth])
+    columns = "block head back bits first itself prev same after does worth"  # in 79 characters
+    print_table(columns.split(), rows, gap=" ")
     print(LEGEND)
 
 
@@ -336,18 +345,21 @@ def name_tokens(axes: Any, tokens: list[str]) -> None:
     axes.set_yticks(range(len(tokens)), tokens, fontsize=8, parse_math=False)
 
 
-def draw_stages(path: Path, checkpoints: list[str], ids: Tensor, layer: int, head: int) -> None:
-    """Draws one head's maps over ids (T,) in several models, each under its folder's name."""
+def draw_stages(path: Path, models: list[tuple[GPT, str]], ids: Tensor, layer: int,
+                head: int) -> None:
+    """Draws one head's maps over ids (T,) in several models. UserError if one reads fewer."""
     from matplotlib.figure import Figure
 
     tokens = token_names(ids)
-    figure = Figure(figsize=(3.3 * len(checkpoints), 3.6), layout="constrained")
-    row = figure.subplots(1, len(checkpoints), squeeze=False)[0]
-    for axes, checkpoint in zip(row, checkpoints, strict=True):
-        model, _ = read_model(checkpoint)
-        check_head(model, checkpoint, layer, head)
+    figure = Figure(figsize=(3.3 * len(models), 3.6), layout="constrained")
+    row = figure.subplots(1, len(models), squeeze=False)[0]
+    names = model_names([checkpoint for _, checkpoint in models])
+    for axes, name, (model, checkpoint) in zip(row, names, models, strict=True):
+        if len(ids) > model.config.block_size:
+            size = model.config.block_size
+            raise UserError(f"{checkpoint} reads {size} tokens, the prompt has {len(ids)}")
         draw_map(axes, attention_maps(model.to(ids.device), ids)[layer, head].cpu())
-        axes.set_title(Path(checkpoint).parent.name, fontsize=10, parse_math=False)
+        axes.set_title(name, fontsize=10, parse_math=False)
         axes.set(frame_on=False)
         name_tokens(axes, tokens)
     write_figure(figure, path)

@@ -116,6 +116,12 @@ def tell_apart(places: tuple[Path, ...]) -> list[str]:
     return names
 
 
+def model_names(checkpoints: list[str]) -> list[str]:
+    """Short names that tell checkpoints apart; a run's folder stands for the model.pt in it."""
+    places = [os.path.abspath(name).removesuffix(f"{os.sep}model.pt") for name in checkpoints]
+    return tell_apart(tuple(map(Path, places)))
+
+
 def read_run(run: RunLog, path: Path, x: str) -> RunLog:
     """The run with what its log and its run.json say. UserError if it cannot be drawn."""
     record = path.with_name("run.json")
@@ -205,9 +211,9 @@ def is_odd(value: Any, values: list[Any]) -> bool:
     return value is not None and value != known.most_common(1)[0][0]
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns on stdout: words to the left, numbers to the right. Where they are wider than WIDTH,
-    the widest columns of words are wrapped.
+def print_table(header: list[str], rows: list[list[str]], gap: str = "  ") -> None:
+    """Columns on stdout, `gap` between them: words to the left, numbers to the right. Where they
+    are wider than WIDTH, the widest columns of words are wrapped.
     """
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -215,7 +221,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     for place, (_, *cells) in enumerate(columns):
         if any(cell[:1].isalpha() or len(cell) > 20 for cell in cells):
             words.append(place)
-    while words and sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+    while words and sum(widths) + len(gap) * (len(widths) - 1) > WIDTH:
         widest = max(words, key=widths.__getitem__)
         if widths[widest] <= 8:  # what is narrower cannot be read: the table stays too wide
             break
@@ -227,7 +233,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
             for place, cell in enumerate(line):
                 align = str.ljust if place in words else str.rjust
                 cells.append(align(cell, widths[place]))
-            print(printable("  ".join(cells).rstrip()))
+            print(printable(gap.join(cells).rstrip()))
 
 
 def picture_name(out_dir: Path) -> str:

@@ -123,11 +123,25 @@ def test_a_column_for_each_checkpoint_and_a_picture(tmp_path, capsys):
     names = [f"{tmp_path / 'a.pt'}", f"later={tmp_path / 'b.pt'}"]
     abilities.main(["--checkpoint", *names, "--out", str(out)])
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["right", "(chance:", "50%)", "reference", "later"]
+    assert table[0].split() == ["right", "(chance:", "50%)", "a.pt", "later"]
     assert len(table) == 1 + 10 + 2
     assert table[-2].split() == ["tokens", "1,000", "-"]  # the other does not say how long
     assert table[-1].split() == ["val", "loss", "3.2500", "-"]
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_columns_are_told_apart_and_the_default_model_is_told(tmp_path, monkeypatch, capsys):
+    model, paths = random_model(), ("out/demo/model.pt", "b/demo/model.pt", "b/demo/ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tmp_path / path, model.config, model)
+    abilities.main(["--checkpoint", *paths, "--out", "a.png"])
+    names = capsys.readouterr().out.splitlines()[0].split()
+    assert names[3:] == ["out/demo", "b/demo", "ckpt.pt"]
+    abilities.main([])
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split()[3:] == ["demo"] and err == "reading out/demo/model.pt\n"
 
 
 def test_a_mistake_is_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """Tests of config.py: presets, values, flags and their help, config.py edited, errors, files."""
 
 import dataclasses
+import io
 import math
 import os
 import re
@@ -439,7 +440,27 @@ def test_a_lock_removes_the_unfinished_files_of_ours_and_no_others(tmp_path):
 def test_under_torchrun_local_rank_0_speaks_for_all_and_an_error_of_one_rank_is_not_lost():
     action = "config.time.sleep = print; config.notice('told'); raise config.UserError('odd')"
     job = dict(TORCHELASTIC_RUN_ID="1", RANK="3")
-    first = run_script(ROOT, "-c", CLI.format(action), LOCAL_RANK="0", **job)
-    assert first.stderr == "told\nerror: odd\n" and first.stdout == ""
+    for local in (dict(LOCAL_RANK="0"), {}):  # without: a job that is no rank of torchrun's
+        first = run_script(ROOT, "-c", CLI.format(action), **local, **job)
+        assert first.stderr == "told\nerror: odd\n" and first.stdout == ""
     other = run_script(ROOT, "-c", CLI.format(action), LOCAL_RANK="1", **job)
     assert other.stderr == "error: rank 3: odd\n" and other.stdout == "5\n"  # torchrun may end it
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream, most", [(Terminal, 79), (io.StringIO, 999)])
+def test_a_notice_is_wrapped_on_a_terminal_and_a_command_in_it_stays_whole(
+    monkeypatch, stream, most
+):
+    words, command = " ".join(["word"] * 60), "    python train.py --out_dir " + "long/" * 20
+    monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setenv("COLUMNS", "80")
+    config_module.notice(words)
+    config_module.notice(f"to go on:\n{command}")
+    *lines, before, last = config_module.sys.stderr.getvalue().splitlines()
+    assert (before, last) == ("to go on:", command) and " ".join(lines) == words
+    assert 70 < max(map(len, lines)) <= most

@@ -156,7 +156,8 @@ def test_the_program_draws_and_prints_a_line_a_head(checkpoint, tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert out.read_bytes()[:4] == PNG
     assert ["".join(line.split()[:2]) for line in lines[1:5]] == ["00", "01", "10", "11"]
-    assert "previous" in lines[0] and "worth" in lines[0]
+    columns = "block head back bits first itself prev same after does worth"
+    assert lines[0].split() == columns.split() and max(map(len, lines)) < 80
     assert not [str(w.message) for w in recwarn if "lyph" in str(w.message)]
 
 
@@ -183,8 +184,13 @@ def test_over_validation_text_the_table_says_what_a_head_is_worth(checkpoint, tm
                     "--data_dir", str(tmp_path / "data")])
     out = capsys.readouterr().out
     assert "windows of 16 tokens" in out and "loss 10.8" in out
-    worth = [line.split("  ")[-1].strip() for line in out.splitlines()[1:5]]
-    assert all(w == "0" or " ± " in w for w in worth)
+    assert "16 tokens of" in out and max(map(len, out.replace(str(tmp_path), "").splitlines())) < 80
+    worth = [re.sub(r".*\b(first|itself|previous|same|induction|broad|mixed) +", "", line)
+             for line in out.splitlines()[1:5]]
+    assert all(re.fullmatch(r"0|-?\d\.\d{4} ± \d\.\d{4}", w) for w in worth)
+    attention.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "a.png"),
+                    "--data_dir", str(tmp_path / "data"), "--windows", "1"])
+    assert "Over 1 window of 16" in capsys.readouterr().out
 
 
 def test_one_window_has_no_standard_error_and_so_no_worth(model, capsys):
@@ -317,6 +323,17 @@ def test_how_runs_and_their_pictures_are_named(tmp_path, monkeypatch, folders, n
     monkeypatch.chdir(tmp_path)
     assert loss_curve.tell_apart([loss_curve.locate(name)[1] for name in folders]) == names
     assert [loss_curve.picture_name(Path(name)) for name in folders] == pictures
+
+
+@pytest.mark.parametrize("checkpoints, names", [
+    (["a/demo/model.pt", "b/demo/model.pt"], ["a/demo", "b/demo"]),
+    (["model.pt", "other/model.pt"], ["here", "other"]), (["./model.pt"], ["here"]),
+    (["a/model.pt", "a/ckpt.pt", "b/ckpt.pt", "gpt2"], ["a", "a/ckpt.pt", "b/ckpt.pt", "gpt2"]),
+])
+def test_how_models_are_named(tmp_path, monkeypatch, checkpoints, names):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert loss_curve.model_names(checkpoints) == names
 
 
 def test_one_run_is_drawn_as_train_draws_it(tmp_path, monkeypatch, capsys):

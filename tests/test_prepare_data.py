@@ -336,7 +336,7 @@ def test_another_separator(separator, typed, between, block, tmp_path, monkeypat
     assert stories_in(tmp_path / "rows") == stories
 
 
-@pytest.mark.parametrize("text", ["", "|", "<|endoftext"])
+@pytest.mark.parametrize("text", ["", "|", "<|endoftext", "|>\n", r">\n", "\n<|", "t|>--<"])
 def test_a_separator_that_would_cut_up_the_mark_is_refused(text):
     assert "must not be a part of" in refusal(prepare_data.main, [f"--separator={text}"])
 
@@ -345,15 +345,17 @@ def test_a_separator_that_would_cut_up_the_mark_is_refused(text):
 def test_a_text_of_one_story_is_asked_for_the_separator_that_it_seems_to_have(mark, tmp_path):
     path = tmp_path / "in.txt"
     path.write_bytes(mark.join(["One.", "Two.", "Three."]).replace("\n", "\r\n").encode())
-    line = refusal(prepare, str(path), tmp_path / "out")
-    assert "--separator" in line and repr(mark) in line
-    assert "so few stories" in refusal(follow, commands_in(line)[0])  # and no longer one
+    rows = [write(tmp_path / f"in.{kind}", [path.read_bytes().decode()])
+            for kind, write in WRITERS.items() if kind != "txt"]
+    for dataset in (path, *rows):
+        line = refusal(prepare, str(dataset), tmp_path / "out")
+        assert "--separator" in line and repr(mark) in line
+        assert "so few stories" in refusal(follow, commands_in(line)[0])  # and no longer one
 
 
-def test_no_separator_is_proposed_where_none_is_likely_or_can_be_named(tmp_path):
-    for path in (write_txt(tmp_path / "in.txt", ["One - two."]),
-                 write_jsonl(tmp_path / "in.jsonl", ["One.</s>Two."])):
-        assert len(commands_in(refusal(prepare, str(path), tmp_path / "out"))) == 1
+def test_no_separator_is_proposed_where_none_is_likely(tmp_path):
+    path = write_txt(tmp_path / "in.txt", ["One - two."])
+    assert len(commands_in(refusal(prepare, str(path), tmp_path / "out"))) == 1
 
 
 def test_a_locale_that_is_not_utf8_without_the_libraries_for_the_hub(tmp_path):
@@ -368,6 +370,17 @@ def test_a_locale_that_is_not_utf8_without_the_libraries_for_the_hub(tmp_path):
         assert done.status == 0 and words in done.stderr, done.stderr
     both = stories_in(out, "train") + stories_in(out, "val")
     assert sorted(both) == sorted([*STORIES, "A name that is not UTF-8."])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_line_ends_blanks_and_byte_order_marks_behind_the_last_mark_are_no_story(kind, tmp_path):
+    text, path = f"One.{END}Two.{END}\r\n \ufeff", tmp_path / f"in.{kind}"
+    if kind == "txt":
+        write_bytes(path, text)
+    else:
+        WRITERS[kind](path, [text])
+    assert prepared(path, tmp_path / "out") == ["One.", "Two."]
+    assert prepare_data.load_meta(tmp_path / "out")["splits"]["train"]["empty"] == 0
 
 
 # Folders, and the splits that names give.
@@ -545,6 +558,17 @@ def test_the_hubs_names_for_several_splits_of_a_kind(monkeypatch, capsys):
         assert f"the split {name} is left out" in told
 
 
+def test_a_hub_dataset_without_stories_is_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": ["One."], "id": [1]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: {"train": rows})
+    monkeypatch.setattr(prepare_data, "ask_hub", lambda name: name)
+    line = refusal(prepare, "a/b", tmp_path / "out")
+    assert line.startswith("a/b has no text or story column, only body, id")
+    assert snapshot(tmp_path / "out") == {}
+
+
 @pytest.mark.parametrize("name, hint", [
     ("roneneldan/TinyStories", ""), ("toyy", "did you mean toy?"), ("nobody/nothing", ""),
     ("my_storys", "did you mean my_stories?")])
@@ -601,7 +625,8 @@ def test_a_novel_is_one_story_whose_end_can_be_cut_off(end, tmp_path, monkeypatc
     assert snapshot(tmp_path / "data/x") == {}
     by_separator, cut_off = commands_in(words)
     follow(cut_off)
-    assert "one story: the last 0.1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "one story: the last 0.1" in told and told.count(": 1 story, ") == 2
     (train,), (val,) = (stories_in(tmp_path / "data/x", split) for split in ("train", "val"))
     assert " ".join((train + " " + val).split()) == " ".join(text.split())
     assert 0.09 < len(val) / len(text) < 0.11
@@ -1070,7 +1095,7 @@ def test_stories_that_are_in_both_splits_are_counted(dataset, val, count, tmp_pa
     write_jsonl(tmp_path / "v.jsonl", ["Five.", "One."])
     fraction = None if val or count else 0.3
     prepare(str(tmp_path / dataset), tmp_path / "out", val and str(tmp_path / val), fraction)
-    warned = re.findall("warning: ([0-9,]+) training stories are in the validation",
+    warned = re.findall("warning: training stories .* validation split too: ([0-9,]+)",
                         capsys.readouterr().err)
     assert warned == ([count] if count else [])
 

@@ -181,6 +181,12 @@ def test_the_default_is_the_newest_model_and_a_real_stdin_loses_its_last_line_en
     assert done.returncode == 0 and done.stdout == "Zoë is b\n".encode(), done.stderr
 
 
+def test_a_folder_without_a_model_is_told_what_was_looked_for(refused, tmp_path):
+    line = refused("--checkpoint", str(tmp_path))
+    assert all(words in line for words in (str(tmp_path), "model.pt", "config.json"))
+    assert "transformers" not in line and len(line) < 100 + len(str(tmp_path))
+
+
 def test_without_a_model_the_line_names_the_way_to_one(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert "train.py --preset demo" in refused()
@@ -260,6 +266,20 @@ def test_an_export_is_read_by_programs_that_pad_and_convert(exported, offline):
     alone = model.generate(**theirs(["Once"], return_tensors="pt"), do_sample=False, max_length=9)
     both = model.generate(**batch, do_sample=False, max_new_tokens=8)
     assert both[0, 3:].tolist() == alone[0].tolist()
+
+
+def test_a_hugging_face_folder_goes_on_as_their_own_generate_does(tmp_path, offline, story):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64)).eval()
+    for p in theirs.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    prompt = torch.tensor([tokenizer().encode("Once upon a time")])
+    ids = theirs.generate(prompt, do_sample=False, max_new_tokens=40, pad_token_id=END_OF_TEXT)
+    out, _ = story("--checkpoint", str(tmp_path / "gpt2"), "--temperature", "0",
+                   "--max_new_tokens", "40", "--device", "cpu", "--dtype", "float32")
+    assert len(set(ids[0, 4:].tolist())) > 3
+    assert out == tokenizer().decode(ids[0].tolist()).removesuffix("<|endoftext|>") + "\n"
 
 
 def swap_two(ids: dict) -> dict:

@@ -1,5 +1,6 @@
 """plots/tour.md and what it shows: the picture of the GPT, and one head's arithmetic."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -66,11 +67,18 @@ def test_no_text_of_the_architecture_is_cut_or_covers_another(monkeypatch, tmp_p
             assert not box.overlaps(other), texts[place].get_text()
 
 
+# What the picture and the tour must show; and boxes that are no function of model.py.
+FUNCTIONS = {"make_norm", "fused_linear_cross_entropy", "draw_token", "GPT.features",
+             "GPT.forward", "Block.forward", "Attention.forward", "Attention.queries_keys_values",
+             "Attention.weights", "MLP.forward"}
+STEPS = {"token ids", "weights @ v", "c_proj", "c_fc, F.gelu"}
+
+
 def test_the_boxes_have_names_and_sizes_of_the_model():
-    names = [name for *_, name, _ in architecture.BOXES]
-    found = [name for name in names if hasattr(gpt, name.split(".")[0])]
-    assert {"GPT", "Attention", "MLP"} < {name.split(".")[0] for name in found}
-    for name in [*found, *(title.split(",")[0] for *_, title in architecture.FRAMES)]:
+    names = {name for *_, name, _ in architecture.BOXES} - STEPS
+    names |= {title.split(",")[0] for *_, title in architecture.FRAMES}
+    assert names >= FUNCTIONS
+    for name in names:
         assert callable(named(name)), name
     parts = {name for name, _ in GPT(Config.from_preset("demo")).named_modules()}
     for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
@@ -89,7 +97,7 @@ def test_the_tour_is_short_and_names_what_exists():
     text = TOUR.read_text(encoding="utf-8")
     assert len(text.split()) <= 1800
     names = re.findall(r"\[`([\w.]+)`\]\(\.\./model\.py\)", text)
-    assert {"GPT.features", "Attention.weights", "MLP.forward", "Block.forward"} <= set(names)
+    assert set(names) >= FUNCTIONS
     assert all(callable(named(name)) for name in names)
     links = re.findall(r"\]\(([^)#]+)", text)
     assert links and all((TOUR.parent / link).exists() for link in links)
@@ -178,8 +186,25 @@ def test_stages_are_maps_of_one_head_side_by_side(checkpoint, model, monkeypatch
     stages = [str(tmp_path / "model.pt"), checkpoint]
     line = conftest.refusal(attention.main, ["--layer", "1", "--head", "0", "--stages", *stages])
     assert line.startswith(stages[0]) and "layers up to 0" in line
+    long = ["--prompt", "One day, a girl and a boy", "--layer", "0", "--head", "0"]
+    short = GPT(dataclasses.replace(model.config, block_size=4))
+    save_file(tmp_path / "model.pt", short.config, short)
+    line = conftest.refusal(attention.main, [*long, "--stages", *stages])
+    assert line.startswith(f"{stages[0]} reads 4 tokens, the prompt has 8")
+    attention.main([*long, "--numbers", "--checkpoint", stages[0]])  # its last four
 
 
-@pytest.mark.parametrize("flag", [["--numbers"], ["--stages", "a.pt"]])
-def test_numbers_and_stages_are_about_one_head(flag):
-    assert "add --layer and --head" in conftest.refusal(attention.main, flag)
+@pytest.mark.parametrize("flags, words", [
+    (["--numbers"], "add --layer and --head"), (["--stages", "a.pt"], "add --layer and --head"),
+    (["--numbers", "--layer", "0", "--head", "0", "--stages", "a.pt"],
+     "--stages: not allowed with argument --numbers")])
+def test_numbers_and_stages_are_about_one_head_and_exclude_each_other(flags, words):
+    assert words in conftest.refusal(attention.main, flags)
+
+
+def test_the_model_that_was_not_named_is_told(checkpoint, monkeypatch, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    Path(checkpoint).parent.rename(tmp_path / "out" / "run")
+    monkeypatch.chdir(tmp_path)
+    attention.main(["--layer", "0", "--head", "0", "--numbers"])
+    assert capsys.readouterr().err == "reading out/run/model.pt\n"

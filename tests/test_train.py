@@ -1163,6 +1163,8 @@ def test_a_schedule_that_cannot_happen_is_told_at_the_start(data, tmp_path, chan
 def test_steps_and_tokens_of_a_short_run_agree_and_many_epochs_are_told(data, tmp_path):
     short = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=2))))
     assert "2 iterations in one step of 128 tokens: 128" in short and "overfitting" not in short
+    shortest = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=1))))
+    assert "\n1 iteration in one step of 64 tokens: 64" in shortest
     size = len(tokens_of(data, "train"))
     long = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=size))))
     assert "is read 64 times" in long and "overfitting" in " ".join(long.split())
@@ -1176,8 +1178,9 @@ def test_a_diverged_run_is_told_a_command_that_works_and_keeps_its_settings(fini
     typed = shlex.split(command)
     config, source = new_config(train.parse_command_line(typed)[0])
     assert config.init_from == str(out / "model.pt") and source is not None
-    for name in ("learning_rate", "min_lr"):
-        assert getattr(config, name) == pytest.approx(getattr(run.config, name) / 3, rel=0.02)
+    for name, usual in (("learning_rate", 1e-4), ("min_lr", 5e-4)):  # those of the preset
+        lower = min(getattr(run.config, name) / 3, usual)
+        assert getattr(config, name) == pytest.approx(lower, rel=0.02)
     for name in TINY.keys() - {"learning_rate", "min_lr"}:
         assert getattr(config, name) == getattr(run.config, name), name
     main(*typed, max_iters=2, plot_dir=tmp_path, eval_windows=2)
@@ -1186,6 +1189,24 @@ def test_a_diverged_run_is_told_a_command_that_works_and_keeps_its_settings(fini
     run.folder.replaces = False
     run.folder.model.unlink()  # no evaluation yet: ckpt.pt may hold weights that diverge
     assert ".pt" not in refusal(run.fail, "it diverged")
+
+
+def test_a_diverged_run_whose_preset_is_gone_is_told_a_command_that_works(
+    data, tmp_path, monkeypatch
+):
+    recipe = TINY | dict(warmup_iters=None, learning_rate=1.0, weight_decay=0.0, max_iters=8)
+    flags = dict(data_dir=data, out_dir=tmp_path / "out", plot_dir=tmp_path)
+    with monkeypatch.context() as edited:
+        edited.setitem(config_module.PRESETS, "mine", recipe)
+        main(preset="mine", **flags)
+    out = shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    run = train.resumed_run(train.RunFolder(out), {"out_dir": str(out)})
+    run.config = dataclasses.replace(run.config, learning_rate=1e9)
+    [command] = re.findall(r"python train.py (.*)", refusal(run.fail, "it diverged"))
+    config, _ = new_config(train.parse_command_line(shlex.split(command))[0])
+    assert (config.preset, config.learning_rate, config.warmup) == ("reference", 1e-4, 0)
+    for name in ("weight_decay", "max_iters", "lr_decay_iters", "batch_size"):
+        assert getattr(config, name) == recipe[name], name
 
 
 def test_a_better_model_pt_than_the_checkpoint_knows_of_is_kept(finished, tmp_path):
