@@ -57,15 +57,15 @@ def main(argv: list[str]) -> None:
     parser = Parser("Turns a dataset of stories into token ids: train.bin, val.bin and meta.json.")
     add_flag(parser, "dataset", str, "roneneldan/TinyStories", "D: a dataset of the Hugging Face "
              f"Hub, toy (built in), or {LOCAL}. A .txt file has {SEPARATOR} between stories, the "
-             "others have a text or story column; a .json file has to fit the memory (a .jsonl "
+             "others have a text or story column; a .json file must fit in memory (a .jsonl "
              "file need not). In a folder, a file's name gives its split (train, x-valid)")
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
              "no validation split; of a single story, the share to cut off its end "
              f"(default: {VAL_FRACTION})", low=1e-9, high=0.999)
-    parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="what else stands "
-                        r"between stories: </s>, say, or \n\n for blank lines "
+    parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="a text that "
+                        r"separates stories as well, as </s> does, or \n\n (blank lines) "
                         "(default: %(default)s)")
     add_flag(parser, "num_threads", int, THREADS, "threads that encode", low=1)
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")

@@ -60,12 +60,12 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "top_k", int, 50, "draw among this many likeliest tokens; 0 = all", low=0)
     add_flag(parser, "top_p", float, 1.0, "draw among the likeliest tokens that have this share of "
              "the probability, after top_k; 1 = all", low=1e-9, high=1)
-    add_flag(parser, "seed", int, None, "the same seed gives the same stories, for one number of "
-             "stories, device and precision (default: a random one, told on stderr)", low=0,
+    add_flag(parser, "seed", int, None, "the same seed gives the same stories if their number, the "
+             "device and the precision stay the same (default: random, told on stderr)", low=0,
              high=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", choices=DTYPES)
-    add_flag(parser, "save_hf", str, None, "write the model as a Hugging Face folder, which must "
-             "be new, and exit (default: write stories)")
+    add_flag(parser, "save_hf", str, None, "export the model to a Hugging Face folder, which must "
+             "be new, instead of writing stories")
     return parser.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ def tell(model: gpt.GPT, prompt: str, args: Any, seed: int) -> None:
 
 def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", default="Once upon a time",
-                        help="how it begins; - reads stdin (default: Once upon a time)")
+                        help="how the text begins; - reads stdin (default: Once upon a time)")
     add_flag(parser, "checkpoint", str, None, "model.pt, ckpt.pt, Hugging Face GPT-2 folder or "
              "name; default: the newest out/*/model.pt")
     add_flag(parser, "device", str, "auto", f"where to run: {DEVICE}")

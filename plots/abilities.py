@@ -24,7 +24,7 @@ PAIRS = Path(__file__).with_name("pairs.csv")  # each row's twin stands beside i
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("Prints the share of forced choices that models have right, by category.")
+    parser = Parser("Prints the share of forced choices that models get right, by category.")
     parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="models that "
                         "sample.py reads, or LABEL=PATH (default: the newest out/*/model.pt)")
     add_flag(parser, "out", str, None, "the picture to write; else plots/abilities.png for several")

@@ -59,7 +59,8 @@ def parse_command_line(argv: list[str]) -> Any:
     add_flag(parser, "out", str, default, "the picture to write: png, pdf or svg, by its ending")
     add_flag(parser, "data_dir", str, None, "prepared data: the table is about its validation "
              "split, and has what each head is worth (default: about the prompt)")
-    add_flag(parser, "windows", int, 256, "of the validation split; fewer are faster", low=1)
+    add_flag(parser, "windows", int, 256, "windows of the validation split; fewer take "
+             "less time", low=1)
     args = parser.parse_args(argv)
     if (args.layer is None) != (args.head is None):
         raise UserError("--layer and --head go together: they name one head")
