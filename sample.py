@@ -65,7 +65,7 @@ def parse_command_line(argv: list[str]) -> Any:
              high=2**63 - 1)
     add_flag(parser, "dtype", str, "auto", "arithmetic; auto is the fastest", choices=DTYPES)
     add_flag(parser, "save_hf", str, None, "export the model to a Hugging Face folder, which must "
-             "be new, instead of writing stories")
+             "be new (default: write stories instead)")
     return parser.parse_args(argv)
 
 
