@@ -71,12 +71,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the prepared files")
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or config.default_data_dir(args.dataset)
-    text = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    text = args.separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
     edges = range(1, min(len(text), len(SEPARATOR)))
     overlaps = any(SEPARATOR.endswith(text[:n]) or SEPARATOR.startswith(text[-n:]) for n in edges)
     if text != SEPARATOR and (overlaps or text in SEPARATOR):  # as the empty text is
         raise UserError(f"--separator {text!r} must not be a part of {SEPARATOR} or overlap it")
-    prepare(**vars(args) | {"separator": text})
+    prepare(**vars(args))
 
 
 # ------------------------------------------------------------------------------------ The tokenizer
