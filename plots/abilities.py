@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def choices(model: GPT, name: str) -> list[dict]:
-    """pairs.csv's rows with "decided": 1 right, 0 wrong, 0.5 even. UserError if one is too long."""
+    """pairs.csv's rows, with "margin" (right less wrong, in nats). UserError if one is too long."""
     rows = list(csv.DictReader(PAIRS.read_text(encoding="utf-8").splitlines()))
     batches = defaultdict(list)  # of contexts of one length
     for row in rows:
@@ -68,7 +68,7 @@ def choices(model: GPT, name: str) -> list[dict]:
         items, ids = zip(*batch, strict=True)
         scores = log_probability(model, torch.tensor(ids).flatten(0, 1), start).view(-1, 2)
         for row, (right, wrong) in zip(items, scores.tolist(), strict=True):
-            row["decided"] = 0.5 if right == wrong else float(right > wrong)
+            row["margin"] = right - wrong
     return rows
 
 
@@ -84,8 +84,8 @@ def category_shares(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """Each category's share right and its standard error: twins are dependent, so over pairs."""
     shares = {}
     for category in dict.fromkeys(row["category"] for row in rows):
-        items = [row["decided"] for row in rows if row["category"] == category]
-        twins = torch.tensor(items).view(-1, 2).mean(1)
+        margins = torch.tensor([row["margin"] for row in rows if row["category"] == category])
+        twins = ((1 + margins.sign()) / 2).view(-1, 2).mean(1)  # of two alike, half is right
         shares[category] = twins.mean().item(), twins.std().item() / math.sqrt(len(twins))
     return shares
 

@@ -71,7 +71,7 @@ def test_items_are_twins_in_ten_categories_and_their_continuations_are_equally_l
 def test_scores_and_choices_are_those_of_the_hugging_face_model(rows):
     model = random_model()
     theirs = to_hugging_face(model).eval()
-    decided = choices(model, "a model")
+    chosen = choices(model, "a model")
     longer = [at for at, row in enumerate(rows) if len(encode_text(f" {row['right']}")) > 1]
     assert longer  # sums of several tokens are among them
     for at in [*longer, *range(0, len(rows), 32)]:
@@ -85,7 +85,7 @@ def test_scores_and_choices_are_those_of_the_hugging_face_model(rows):
             ours = log_probability(model, ids, len(context))
             torch.testing.assert_close(ours, total.view(1), rtol=0, atol=1e-4)
             scores.append(total.item())
-        assert decided[at]["decided"] == float(scores[0] > scores[1])
+        assert chosen[at]["margin"] == pytest.approx(scores[0] - scores[1], abs=2e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -110,7 +110,7 @@ def test_a_model_that_copies_has_what_is_repeated_right_and_no_other_category():
 
 
 def test_the_standard_error_is_over_pairs():
-    rows = [dict(category="a", decided=value) for value in (1, 1, 1, 0, 0.5, 0.5, 1, 0)]
+    rows = [dict(category="a", margin=value) for value in (2, 9, 1, -1, 0, 0, 0.1, -3)]
     mean, error = category_shares(rows)["a"]
     assert mean == 5 / 8
     assert error == pytest.approx(0.25 / math.sqrt(4))  # of 1, 1/2, 1/2, 1/2
