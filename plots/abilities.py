@@ -85,7 +85,7 @@ def category_shares(rows: list[dict]) -> dict[str, tuple[float, float]]:
     shares = {}
     for category in dict.fromkeys(row["category"] for row in rows):
         margins = torch.tensor([row["margin"] for row in rows if row["category"] == category])
-        twins = ((1 + margins.sign()) / 2).view(-1, 2).mean(1)  # of two alike, half is right
+        twins = ((1 + margins.sign()) / 2).view(-1, 2).mean(1)  # an even choice is half right
         shares[category] = twins.mean().item(), twins.std().item() / math.sqrt(len(twins))
     return shares
 

@@ -86,6 +86,7 @@ def test_scores_and_choices_are_those_of_the_hugging_face_model(rows):
             torch.testing.assert_close(ours, total.view(1), rtol=0, atol=1e-4)
             scores.append(total.item())
         assert chosen[at]["margin"] == pytest.approx(scores[0] - scores[1], abs=2e-4)
+        assert (chosen[at]["margin"] > 0) == (scores[0] > scores[1])
 
 
 @pytest.mark.parametrize("seed", range(3))
