@@ -57,7 +57,6 @@ class Config:
     bias: bool = setting(True, "biases in the linear layers and LayerNorms")
     gelu: str = setting("exact", "exact GELU, or GPT-2's approximation", choices=("exact", "tanh"))
     init: str = setting("gpt2", "first weights, see model.py", choices=("gpt2", "fan_in"))
-    embedding_init: str = setting("random", "first token embeddings", choices=("random", "subword"))
     init_from: str | None = setting(None, "start from a model.pt, a ckpt.pt or Hugging Face GPT-2")
 
     # The data.
@@ -94,7 +93,7 @@ class Config:
     # decay, since pulling a scale of one towards zero regularizes nothing.
     matrix_optimizer: str = setting("adamw", "rule for the matrices of the blocks; AdamW steps all "
                                     "other parameters", "optimizer", choices=("adamw", "muon"))
-    momentum: float = setting(0.95, "decay rate of Muon's momentum", low=0, high=0.9999999)
+    momentum: float = setting(0.9, "decay rate of Muon's momentum", low=0, high=0.9999999)
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment", low=0, high=0.9999999)
     beta2: float = setting(0.95, "AdamW: decay rate of the second moment", low=0, high=0.9999999)
@@ -179,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {},
     # The same model and budget, learning far more from every token; the README says why.
     "tuned": dict(
-        dropout=0.0, init="fan_in", embedding_init="subword", crops="shuffled",
+        dropout=0.0, init="fan_in", crops="shuffled",
         batch_size=8, gradient_accumulation_steps=1, max_iters=40_000, eval_interval=1000,
         matrix_optimizer="muon", learning_rate=3e-3, min_lr=2e-4, lr_schedule="linear",
         warmup_iters=None, warmup_start_factor=0.0,  # None: a twentieth of max_iters

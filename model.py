@@ -129,8 +129,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer. Its output head is its token embedding: the weights are tied."""
 
-    def __init__(self, config: Config, token_bytes: list[bytes] | None = None):
-        """Draws the first weights. The subword initialisation needs the bytes of every id."""
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -142,8 +141,6 @@ class GPT(nn.Module):
         ))
         self.softmax_gradient = softmax_gradient  # `compile_parts` replaces it
         self.apply(self._initialise)
-        if config.embedding_init == "subword" and token_bytes:
-            subword_initialisation(self.transformer.wte.weight, token_bytes)
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
@@ -220,46 +217,6 @@ def sinusoidal_positions(count: int, width: int, std: float) -> Tensor:
     half = (width + 1) // 2
     angles = torch.arange(count).unsqueeze(1) * float(count) ** -(torch.arange(half) / half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width] * (std * math.sqrt(2))
-
-
-@torch.no_grad()
-def subword_initialisation(vectors: Tensor, token_bytes: list[bytes]) -> None:
-    """Makes the vectors (V, C) of tokens that share letters alike, in place, so that what is learnt
-    about frequent tokens holds for rare ones.
-
-    A vector keeps its length. Its direction becomes a sum of random directions: one of its own, one
-    of its word (" Dog" and "dog" share it), and those of the word's letter groups, nearly as in
-    fastText (Bojanowski et al., 2017, section 3.2), of which "dogs" shares three of the six that
-    "dog" has. "dog" and "Dog" begin with a cosine of 0.9, "dog" and "dogs" with 0.16.
-    """
-    own = vectors.cpu()
-    groups = [subword_groups(token) for token in token_bytes[: len(own)]]
-    total = F.normalize(own) * math.sqrt(0.1)  # the shares 0.1, 0.5 and 0.4 add up to 1
-    for kind, share in (("word", 0.5), ("letters", 0.4)):
-        numbers: dict[str, int] = {}  # the number of each group, in the order of appearance
-        members, begins = [], []  # the groups of all tokens in one list; where each token's begin
-        for of_token in groups:
-            begins.append(len(members))
-            for name in of_token[kind]:
-                members.append(numbers.setdefault(name, len(numbers)))
-        random = torch.randn(len(numbers), own.size(1))
-        means = F.embedding_bag(torch.tensor(members), random, torch.tensor(begins))
-        total += F.normalize(means) * math.sqrt(share)
-    vectors.copy_(F.normalize(total) * own.norm(dim=1, keepdim=True))
-
-
-def subword_groups(token: bytes) -> dict[str, list[str]]:
-    """A token's word, in small letters and without space, and the word's groups of 3 to 5 letters.
-
-    The word's ends are marked. " Dogs" has the word dogs and the groups <do, dog, ogs, gs>, <dog,
-    dogs, ogs>, <dogs and dogs>.
-    """
-    word = (token.strip().lower() or token).decode("latin-1")  # a token may be half a letter
-    marked = f"<{word}>"
-    letters = []
-    for n in (3, 4, 5):
-        letters += [marked[i : i + n] for i in range(len(marked) - n + 1)]
-    return {"word": [word], "letters": letters}
 
 
 # ----------------------------------------------------------------------------------------- The loss
@@ -491,6 +448,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------- Model files, ours and Hugging Face's
 
 FORMAT = "tinystories-gpt/1"  # stands in every file we write, and tells it from others
+REMOVED = ("embedding_init",)  # settings that older files have, and that nothing reads any more
 
 
 def save_file(path: Path, config: Config, model: GPT, **extra: Any) -> None:
@@ -534,12 +492,13 @@ def config_of(content: dict[str, Any], path: str | Path) -> Config:
     """The Config in a checkpoint. UserError if this version cannot read it."""
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of ours: it lacks a config or the weights")
+    settings = {name: value for name, value in content["config"].items() if name not in REMOVED}
     known = {field.name for field in dataclasses.fields(Config)}
-    unknown = sorted(content["config"].keys() - known)
+    unknown = sorted(settings.keys() - known)
     if unknown:
         raise UserError(f"{path} is of another version: its setting {unknown[0]} is unknown here"
                         f"{nearest(unknown[0], known)}")
-    return Config(**content["config"])
+    return Config(**settings)
 
 
 def load_model(path: str) -> GPT:

@@ -918,7 +918,7 @@ class Run:
         self.compiled_shape: torch.Size | None = None  # of the micro-batch that is compiled
         self.tokens = {name: data.open_split(config.data_dir, name) for name in meta["splits"]}
         seed_torch(config.seed, WEIGHTS)
-        model = gpt.GPT(config, data.token_bytes())
+        model = gpt.GPT(config)
         if source:
             positions = source.transformer.wpe.weight[: config.block_size]
             weights = source.state_dict() | {"transformer.wpe.weight": positions}

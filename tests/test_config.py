@@ -143,7 +143,7 @@ IMPOSSIBLE = {
     "batch_size": "0", "gradient_accumulation_steps": "0", "device_batch_size": "0 None",
     "max_iters": "1.5e0 0", "warmup_iters": "-1", "lr_decay_iters": "0", "eval_interval": "0",
     "eval_windows": "0", "checkpoint_minutes": "-1", "seed": f"-1 {2**63}", "bias": "maybe 1",
-    "compile": "maybe", "gelu": "relu", "embedding_init": "spelling", "dtype": "int8",
+    "compile": "maybe", "gelu": "relu", "dtype": "int8",
 }
 REFUSED = [(name, text) for name, texts in IMPOSSIBLE.items() for text in texts.split()]
 EMPTY = [("block_size", ""), ("out_dir", ""), ("data_dir", " "), ("plot_dir", ""), ("dataset", "")]

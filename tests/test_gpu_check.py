@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 FORK = multiprocessing.get_context("fork")
 
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, block_size=24, batch_size=2, eval_windows=8,
-             embedding_init="random", compile="false")
+             compile="false")
 
 
 @pytest.fixture(scope="module")

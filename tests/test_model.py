@@ -4,7 +4,6 @@ cache.
 
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import pickle
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from config import Config, UserError
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,56 +185,6 @@ def test_sinusoidal_positions_are_those_of_hugging_face():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # float32 of angles up to 10,000
     odd, even = (gpt.sinusoidal_positions(16, width, 0.03) for width in (9, 10))
     assert torch.equal(odd, even[:, :9])  # the last one is left out
-
-
-def test_the_word_and_the_letter_groups_of_a_token():
-    letters = ["<do", "dog", "ogs", "gs>", "<dog", "dogs", "ogs>", "<dogs", "dogs>"]
-    assert gpt.subword_groups(b" Dogs") == {"word": ["dogs"], "letters": letters}
-    assert gpt.subword_groups(b" I") == {"word": ["i"], "letters": ["<i>"]}
-    assert gpt.subword_groups(b"\n")["word"] == ["\n"]
-    assert gpt.subword_groups(b"\xc3") != gpt.subword_groups(b"\xe3")  # parts of letters
-
-
-def test_subword_initialisation_makes_vectors_alike_where_tokens_share_letters():
-    torch.manual_seed(1)
-    before = torch.randn(20_000, 128)
-    after = before.clone()
-    gpt.subword_initialisation(after, token_bytes())
-    ids = {token.decode("latin-1"): i for i, token in enumerate(token_bytes()[: len(after)])}
-
-    def alike(pairs: list[tuple[str, str]]) -> float:
-        a, b = (after[[ids[pair[side]] for pair in pairs]] for side in (0, 1))
-        return torch.cosine_similarity(a, b).mean().item()
-
-    nouns = [text for text in ids if re.fullmatch(" [a-z]{4,7}", text) and text + "s" in ids]
-    nouns = [noun for noun in nouns if len(set(noun)) == len(noun)]
-    assert len(nouns) > 300
-    # A word of n letters has 3n - 3 groups, its plural 3n, and 3n - 6 are in both.
-    lengths = [len(noun.strip()) for noun in nouns]
-    expected = np.mean([0.4 * (3 * n - 6) / math.sqrt((3 * n - 3) * 3 * n) for n in lengths])
-    assert alike([(noun, noun + "s") for noun in nouns]) == pytest.approx(expected, abs=0.02)
-    for form in (str.strip, str.title):
-        pairs = [(noun, form(noun)) for noun in nouns if form(noun) in ids]
-        assert alike(pairs) == pytest.approx(0.9, abs=0.01)
-    assert abs(alike(list(itertools.pairwise(nouns)))) < 0.05
-    own = torch.cosine_similarity(before, after).mean().item()
-    assert own == pytest.approx(0.1**0.5, abs=0.01)  # the rest is its own
-    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
-
-
-def test_a_model_begins_with_the_first_vectors_it_is_told():
-    models = []
-    for name, given in (("random", token_bytes()), ("subword", None), ("subword", token_bytes())):
-        torch.manual_seed(0)
-        models.append(GPT(Config(n_layer=1, n_head=2, n_embd=64, embedding_init=name), given))
-    plain, without_bytes, subword = (dict(model.named_parameters()) for model in models)
-    dog, capital, cat = (tokenizer().encode_ordinary(text)[0] for text in (" dog", " Dog", " cat"))
-    for weights, low, high in ((plain, -1, 0.7), (without_bytes, -1, 0.7), (subword, 0.7, 1)):
-        rows = weights["transformer.wte.weight"].detach()
-        assert low < torch.cosine_similarity(rows[dog], rows[capital], dim=0) < high
-        assert torch.cosine_similarity(rows[dog], rows[cat], dim=0) < 0.7
-    for name in plain.keys() - {"transformer.wte.weight"}:
-        assert torch.equal(plain[name], subword[name]), name
 
 
 # ----------------------------------------------------------------------------------------- The loss

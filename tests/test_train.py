@@ -50,7 +50,7 @@ import model as gpt
 import train
 from model import GPT, load_file, load_model, save_file
 from plots import loss_curve
-from prepare_data import load_meta, prepare, tokenizer
+from prepare_data import load_meta, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread", "signals", "no_pictures")
 
@@ -204,29 +204,6 @@ def test_evaluation_windows_are_even_and_the_same_for_every_seed_and_batch(chang
     assert np.array_equal(starts, train.even_starts(plain, 10_000))
     assert train.even_starts(config, 20).tolist() == [0, 1, 2, 3]  # a split with few windows
     assert train.even_starts(config, 17).tolist() == [0]
-
-
-# -------------------------------------------------------------------------------- The first weights
-
-
-def test_embedding_init_changes_the_token_embeddings_and_nothing_else(data, tmp_path):
-    plain, run = (new_run(tiny(data, tmp_path, embedding_init=name))
-                  for name in ("random", "subword"))
-    dog, capital, cat = (tokenizer().encode_ordinary(text)[0] for text in (" dog", " Dog", " cat"))
-    for of, low, high in ((plain, -1, 0.7), (run, 0.7, 1)):
-        rows = of.model.transformer.wte.weight.detach()
-        assert low < torch.cosine_similarity(rows[dog], rows[capital], dim=0) < high
-        assert torch.cosine_similarity(rows[dog], rows[cat], dim=0) < 0.7
-    ours, theirs = weights_of(plain), weights_of(run)
-    del ours["transformer.wte.weight"], theirs["transformer.wte.weight"]
-    assert same(ours, theirs)
-    # It is for new weights only: not those of a model to start from, nor those of a checkpoint.
-    source = GPT(run.config)
-    assert same(weights_of(new_run(run.config, source=source)), dict(source.named_parameters()))
-    shake(run)
-    save(run)
-    resumed = new_run(run.config, checkpoint=load_file(run.folder.path / "ckpt.pt"))
-    assert same(weights_of(resumed), weights_of(run))
 
 
 # ----------------------------------------------------------------------------------------- One step
@@ -712,7 +689,7 @@ def test_resume_lists_all_that_it_refuses_and_touches_nothing(finished):
         n_layer=2, n_head=4, n_embd=64, block_size=8, bias=False, gelu="tanh", batch_size=8,
         gradient_accumulation_steps=2, learning_rate=1.0, min_lr=0.0, warmup_iters=0,
         warmup_start_factor=0.0, weight_decay=0.0, beta1=0.0, beta2=0.0, eps=1.0, grad_clip=0.0,
-        dropout=0.0, seed=1, preset="demo", embedding_init="subword", eval_windows=3,
+        dropout=0.0, seed=1, preset="demo", init="fan_in", eval_windows=3,
         embedding_lr_mult=2.0, matrix_optimizer="muon", momentum=0.5)
     old = load_model(str(finished.out / "model.pt")).config
     for some in (changes | dict(max_iters=30), dict(n_embd=64), dict(learning_rate=1.0)):
@@ -722,6 +699,24 @@ def test_resume_lists_all_that_it_refuses_and_touches_nothing(finished):
         assert "max_iters" not in line
     assert "toy" in refusal(main, "--resume", out_dir=finished.out, dataset="toy")
     assert snapshot(finished.folder) == before
+
+
+def test_files_with_a_setting_that_is_gone_load_export_and_resume(finished, data, tmp_path):
+    """Older versions wrote `embedding_init`. Nothing else differs from a file without it."""
+    ends = []
+    for name, written in (("new", {}), ("old", {"embedding_init": "subword"})):
+        out = shutil.copytree(finished.out, tmp_path / name)
+        for file in (out / "model.pt", out / "ckpt.pt"):
+            content = load_file(file)
+            content["config"] |= written
+            torch.save(content, file)
+        model = load_model(str(out / "model.pt"))
+        assert model.config == load_model(str(finished.out / "model.pt")).config
+        gpt.to_hugging_face(model).save_pretrained(tmp_path / f"hf_{name}")
+        main("--resume", **finished.flags | dict(out_dir=out, plot_dir=tmp_path, max_iters=24))
+        ends.append(load_file(out / "ckpt.pt"))
+    assert same(ends[0]["model"], ends[1]["model"]) and ends[0]["state"]["iteration"] == 24
+    assert snapshot(tmp_path / "hf_new") == snapshot(tmp_path / "hf_old")
 
 
 def test_resume_takes_what_does_not_matter_and_what_is_said_again(finished, data, tmp_path):
@@ -1121,7 +1116,7 @@ def test_a_run_of_epochs_is_lengthened_by_more_of_them(data, tmp_path):
 
 def test_full_is_one_epoch_and_says_so(tmp_path):
     data = prepare_tales(tmp_path, 3, 60)
-    changes = dict(preset="full", eval_interval=1000, embedding_init="random")
+    changes = dict(preset="full", eval_interval=1000)
     flags, size = epoch_flags(data, tmp_path) | changes, len(tokens_of(data, "train"))
     said, count = main(**flags)[1], math.ceil(size / 64)
     assert f"\n{count} iterations in" in said and f"{count * 64 / size:.2f} epochs" in said
