@@ -448,7 +448,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ------------------------------------------------------------- Model files, ours and Hugging Face's
 
 FORMAT = "tinystories-gpt/1"  # stands in every file we write, and tells it from others
-REMOVED = ("embedding_init",)  # settings that older files have, and that nothing reads any more
+REMOVED = ("embedding_init",)  # settings of older files, which are read without them
 
 
 def save_file(path: Path, config: Config, model: GPT, **extra: Any) -> None:

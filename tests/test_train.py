@@ -701,7 +701,7 @@ def test_resume_lists_all_that_it_refuses_and_touches_nothing(finished):
     assert snapshot(finished.folder) == before
 
 
-def test_files_with_a_setting_that_is_gone_load_export_and_resume(finished, data, tmp_path):
+def test_files_with_a_setting_that_is_gone_load_export_and_resume(finished, tmp_path):
     """Older versions wrote `embedding_init`. Nothing else differs from a file without it."""
     ends = []
     for name, written in (("new", {}), ("old", {"embedding_init": "subword"})):
