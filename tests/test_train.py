@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -1312,6 +1313,7 @@ def test_ctrl_c_in_the_last_picture_leaves_out_the_story(finished, tmp_path, mon
 def test_ctrl_c_in_the_story_is_python_s_own(finished, tmp_path, monkeypatch, signals):
     def generate(*_: object, **options: object) -> None:
         signal.raise_signal(signal.SIGINT)
+        time.sleep(1)  # while another thread of pytest runs, Python may take the signal only here
 
     monkeypatch.setattr(gpt, "generate", generate)
     with pytest.raises(KeyboardInterrupt):
