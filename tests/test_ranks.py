@@ -285,10 +285,11 @@ def test_several_start_from_a_model_and_score_it_as_one_does(data, tmp_path, alo
                    device_batch_size=96)
     flags = flags_of(FEW | nothing, data, tmp_path) | dict(init_from=alone / "model.pt")
     results = wait_for_all(fork_ranks(tmp_path, 2, **flags))
-    flags = dict(out_dir=alone, device="cpu", dtype="float32")
+    # In batches of the same size, so that rounding is the same too.
+    flags = dict(out_dir=alone, device="cpu", dtype="float32", device_batch_size=96)
     scored = wait_for_all(fork_ranks(tmp_path, 2, "--eval_only", **flags))
-    told, again = perplexity(results[0].err), perplexity(scored[0].out)
-    assert again == pytest.approx(told, rel=1e-5) and scored[1].out == ""
+    told = perplexity(results[0].err)
+    assert f"perplexity {told}" in scored[0].out and scored[1].out == ""
 
 
 def test_a_signal_to_one_rank_stops_all_once_the_checkpoint_is_written(data, tmp_path):
