@@ -299,7 +299,8 @@ def draw_runs(path: Path, runs: list[RunLog], x: str, scale: str, level: float |
                   label=label, **style)
     if level is not None:
         axes.axhline(level, color="0.5", linewidth=1, linestyle=":")
-        axes.text(0.01, level, f"{level:g}", transform=axes.get_yaxis_transform(), va="bottom")
+        axes.text(0.99, level, f"{level:g}", transform=axes.get_yaxis_transform(), va="top",
+                  ha="right")
     axes.set(xlabel=x, xscale=scale, ylabel="validation loss (nats per token)")
     axes.set_ylim(top=top)
     axes.xaxis.set_major_formatter(EngFormatter())  # 10 M, not 1e7
