@@ -408,9 +408,8 @@ def cli(main: Callable[[list[str]], None]) -> None:
         line = str(problem.strerror or problem)
         place = problem.filename2 or problem.filename  # of a rename, where it goes to
         line += f": {place}" if place else ""
-    except (MemoryError, RuntimeError) as problem:  # PyTorch's are RuntimeErrors, on a GPU or not
-        memory = "out of memory|allocate memory|not enough memory"
-        if isinstance(problem, RuntimeError) and not re.search(memory, str(problem)):
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
             raise
         line = ("out of memory: halve --device_batch_size (the result stays the same), "
                 "--num_samples, --num_threads or the model, whichever there is")
@@ -438,6 +437,12 @@ class Lossy:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """Whether memory is what was lacking: PyTorch raises RuntimeErrors then, on a GPU or not."""
+    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"  # the last is cuBLAS's
+    return isinstance(problem, MemoryError) or bool(re.search(words, str(problem)))
 
 
 def is_silent() -> bool:

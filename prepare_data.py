@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     add_flag(parser, "data_dir", str, None, "folder to write (default: data/<name of D>)")
     add_flag(parser, "val_dataset", str, None, "validation stories, if not D's own; as --dataset")
     add_flag(parser, "val_fraction", float, None, "share of the stories to validate on if there is "
-             "no validation split; of a single story, the share to cut off its end "
-             f"(default: {VAL_FRACTION})", low=1e-9, high=0.999)
+             f"no validation split (default: {VAL_FRACTION}); of a single story, the share to cut "
+             "off its end (no default)", low=1e-9, high=0.999)
     parser.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="a text that "
                         r"separates stories as well, as </s> does, or \n\n (blank lines) "
                         "(default: %(default)s)")
@@ -143,7 +143,13 @@ def is_path(dataset: str) -> bool:
 
 def identity(dataset: str) -> str:
     """What is compared and kept in meta.json: a local dataset's whole path, or a name as it is."""
-    return os.path.realpath(os.path.expanduser(dataset)) if is_path(dataset) else dataset
+    if not is_path(dataset):
+        return dataset
+    path = os.path.expanduser(dataset)
+    if os.path.isdir(path):
+        return os.path.realpath(path)
+    # A link to a file keeps its name, which says the format: the Hub's cache links to numbers.
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def local_path(dataset: str) -> Path:
@@ -296,6 +302,8 @@ def read_txt(file: Any, path: Path, separator: str) -> Iterator[str]:
 def read_csv(file: Any, path: Path) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, strict=True)
+    while rows.fieldnames == []:  # a blank line
+        rows.fieldnames = None  # read them from the next
     column = column_of(rows.fieldnames or ["text"], path)  # an empty file has no columns or rows
     for row in rows:
         if any(row.get(None) or ()):  # type: ignore[call-overload]
@@ -583,6 +591,8 @@ def command(meta: dict, folder: str | Path, **flags: object) -> str:
         if value not in (None, VAL_FRACTION, SEPARATOR):  # the defaults
             text = str(value).replace("\n", r"\n").replace("\t", r"\t")
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    if any(os.path.lexists(Path(folder, name)) for name in FILES):
+        words.append("--overwrite")
     return shlex.join(words)
 
 
@@ -617,7 +627,7 @@ def check_unchanged(meta: dict, folder: str | Path, reading: bool = False) -> No
         gone = not os.path.exists(dataset)
         if (gone and reading) or (not gone and fingerprint(dataset) != known):
             again = command(meta, folder)
-            raise UserError(f"{dataset} changed {when}: prepare it again: `{again} --overwrite`")
+            raise UserError(f"{dataset} changed {when}: prepare it again: `{again}`")
 
 
 def place(story: str) -> float:
@@ -737,7 +747,7 @@ def write_split(split: str, path: Path, source: Source, num_threads: int, in_val
 def load_meta(data_dir: str | Path) -> dict[str, Any]:
     """What meta.json says, once both .bin files are found to be those that it describes."""
     path, prepare_it = Path(data_dir, "meta.json"), command({"dataset": "..."}, data_dir)
-    again = f"name another folder, or prepare this one again: `{prepare_it} --overwrite`"
+    again = f"name another folder, or prepare this one again: `{prepare_it}`"
     if any(path.with_name(name).exists() for name in FILES[:2]) and not path.exists():
         raise UserError(f"{data_dir} holds .bin files, but meta.json is missing: copy it too from "
                         f"where they were prepared, or {again}")

@@ -42,6 +42,7 @@ from config import (  # first: it sets what torch reads when it is imported
     add_config_flags,
     atomic_write,
     cli,
+    is_out_of_memory,
     is_silent,
     lock_folder,
     nearest,
@@ -293,9 +294,9 @@ def compile_model(run: "Run") -> None:
         run.model.eval()
         with torch.no_grad(), run.arithmetic():
             run.model(ids, ids)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # anything: the compiler, its headers, its cache, the GPU
+        if is_out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {one_line(error)}"[:150]
     run.model.train()
     problem = max(run.ranks.gather(problem))  # one that is not empty, if any is not
@@ -321,7 +322,8 @@ def description(run: "Run") -> list[str]:
     lines = [
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
         f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
-        f"{config.data_dir}: {tokens:,} training tokens",
+        f"{config.data_dir}: {tokens:,} training tokens of "
+        f"{'/'.join(Path(run.meta['dataset']).parts[-2:])}",  # a path's end is enough
         f"{iterations} in {in_steps} of {size:,} tokens: {total}",
         f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; batch_size "
         f"{config.batch_size}; seed {config.seed}",
@@ -1113,7 +1115,7 @@ class Progress:
             bar_format=f"{{percentage:3.0f}}% {{bar}}  {{n:>{width},}}/{total:,}{{unit}}")
         if run.is_main and run.config.tensorboard:
             self.events = Events(run)
-        if run.is_main and not run.plot.path.exists():
+        if run.is_main and not os.path.exists(run.plot.path):  # False too if none may look
             run.plot.draw(run.state.log)  # without a loss as yet, it shows whether drawing works
         self.begin_lap()
         self.first_lap = self.lap

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, load_file, pick_device
-from plots.loss_curve import model_names, picture_path, print_table, write_figure
+from plots.loss_curve import model_names, picture_path, print_table, split_label, write_figure
 from prepare_data import encode_text
 from sample import newest_checkpoint, read_model
 
@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     if not args.checkpoint:
         notice(f"reading {checkpoints[0]}")
     for name, short in zip(checkpoints, model_names(checkpoints), strict=True):
-        label, _, path = ("", "", name) if Path(name).exists() else name.rpartition("=")
+        label, path = split_label(name)
+        if not Path(path).exists():  # the Hub's
+            label, _, path = name.rpartition("=")
         model, path = read_model(path)
         facts = load_file(Path(path)) if Path(path).is_file() else {}
         shares = category_shares(choices(model.to(device), path))

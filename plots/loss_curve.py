@@ -71,13 +71,20 @@ def main(argv: list[str]) -> None:
     print_runs(runs)
 
 
+def split_label(text: str) -> tuple[str, str]:
+    """The label, if any, and the path of [LABEL=]PATH, where both may have more = in them."""
+    parts = text.split("=")
+    for i in range(len(parts)):
+        if Path("=".join(parts[i:])).expanduser().exists():
+            return "=".join(parts[:i]), "=".join(parts[i:])
+    return "", text
+
+
 def locate(text: str) -> tuple[str, Path, Path]:
     """Of [LABEL=]PATH: the label, and the absolute paths of the run and of its log. The log of a
     run a/b is a/b/log.csv, or a/b.csv as plots/logs/ has them.
     """
-    label, _, path = text.rpartition("=")
-    if os.path.exists(text) or not Path(path).expanduser().exists():
-        label, path = "", text
+    label, path = split_label(text)
     log = Path(os.path.abspath(Path(path).expanduser()))
     if log.is_dir():
         log = log / "log.csv"

@@ -384,6 +384,7 @@ HALVE = "error: out of memory: halve --device_batch_size .*--num_samples.*\n"
     ("print('fine')", 0, ""), ("raise MemoryError", 2, HALVE),
     ("raise RuntimeError('[enforce fail] can\\'t allocate memory')", 2, HALVE),
     ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", 2, HALVE),
+    ("raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')", 2, HALVE),
     ("raise RuntimeError('a bug')", 1, r"(?s)Traceback.*\nRuntimeError: a bug\n"),
 ])
 def test_cli_turns_what_goes_wrong_into_a_line_and_a_status(action, status, stderr):

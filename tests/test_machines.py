@@ -84,6 +84,12 @@ def test_a_picture_that_cannot_be_drawn_is_one_notice(data, tmp_path, monkeypatc
     assert (tmp_path / "out" / "model.pt").exists()
 
 
+def test_a_picture_whose_name_is_too_long_is_one_notice(data, tmp_path):
+    (tmp_path / "plots").mkdir()
+    said = run_short(data, tmp_path, out_dir=tmp_path / "out" / ("a" * 200) / ("b" * 200))
+    assert said.count("no picture") == 1 and "File name too long" in said
+
+
 @pytest.mark.parametrize("folder", ["plots", "out"])
 def test_a_folder_that_vanishes_is_made_again(data, tmp_path, monkeypatch, folder):
     real = train.evaluate
@@ -164,6 +170,16 @@ def test_a_printed_command_is_quoted_for_the_shell(data, tmp_path):
 
 
 no_compiler = raises(RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n" * 80))
+
+
+@pytest.mark.parametrize("problem", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("compile", ["auto", "true"])
+def test_out_of_memory_is_not_blamed_on_the_compiler(data, tmp_path, monkeypatch, compile, problem):
+    monkeypatch.setattr(gpt.GPT, "compile_parts", raises(problem))
+    with pytest.raises(type(problem)):  # `cli` makes a line of it
+        run_short(data, tmp_path, compile=compile)
+    assert not (tmp_path / "out").exists()
 
 
 def test_compile_auto_falls_back_in_one_line(data, tmp_path, monkeypatch):

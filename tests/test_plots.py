@@ -325,6 +325,18 @@ def test_how_runs_and_their_pictures_are_named(tmp_path, monkeypatch, folders, n
     assert [loss_curve.picture_name(Path(name)) for name in folders] == pictures
 
 
+@pytest.mark.parametrize("text, label, path", [
+    ("out/lr=3e-3", "", "out/lr=3e-3"), ("mine=out/lr=3e-3", "mine", "out/lr=3e-3"),
+    ("lr=3e-3=out/b", "lr=3e-3", "out/b"), ("mine=out/gone", "", "mine=out/gone"),
+])
+def test_labels_and_paths_may_both_have_an_equals_sign(tmp_path, monkeypatch, text, label, path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/lr=3e-3", "out/b"):
+        Path(folder).mkdir(parents=True)
+    assert loss_curve.split_label(text) == (label, path)
+    assert loss_curve.locate(text)[:2] == (label, tmp_path / path)
+
+
 @pytest.mark.parametrize("checkpoints, names", [
     (["a/demo/model.pt", "b/demo/model.pt"], ["a/demo", "b/demo"]),
     (["model.pt", "other/model.pt"], ["here", "other"]), (["./model.pt"], ["here"]),

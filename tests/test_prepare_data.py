@@ -273,6 +273,7 @@ def test_values_are_read_as_they_are_written(name, tmp_path):
     ("h.jsonl", '["One.", "Two."]'),
     ("i.csv", "id, text \n1,One.\n2,Two.\n"),
     ("j.csv", "Text,id\nOne.,1\nTwo.,2\n"),
+    ("l.csv", "\ufeff\r\n\r\nid,text\r\n1,One.\r\n2,Two.\r\n"),
     ("k.jsonl", '{"story ": "One."}\n{"TEXT": "x", "text": "Two."}'),
 ])
 def test_files_in_odd_forms(name, text, tmp_path):
@@ -476,6 +477,16 @@ def test_links_in_a_folder_are_followed_and_none_is_lost(tmp_path):
     assert "is not there" in refusal(prepare, str(tmp_path / "loop.txt"), tmp_path / "out")
 
 
+def test_a_link_to_a_file_without_an_ending_is_read_by_the_name_of_the_link(tmp_path):
+    """So the Hub's cache keeps its files: snapshots/1/train.txt links to blobs/0a1b."""
+    blob = write_txt(tmp_path / "blobs/0a1b.txt", STORIES).rename(tmp_path / "blobs/0a1b")
+    link = tmp_path / "snapshots/1/train.txt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    assert prepared(link, tmp_path / "out") == STORIES
+    assert prepare_data.load_meta(tmp_path / "out")["dataset"] == str(link)
+
+
 def test_all_stories_of_a_text_that_is_not_prepared(tmp_path):
     for name in ("train.txt", "valid.txt", "test.txt"):
         write_txt(tmp_path / name, [*STORIES, ""])
@@ -642,6 +653,10 @@ def test_few_stories_of_which_none_is_drawn(tmp_path):
         assert "so few stories" in line
     follow(*commands_in(line))
     assert sorted(stories_in(out) + stories_in(out, "val")) == ["One.", "Two."]
+    # Over files that are there, the proposed command says --overwrite too.
+    write_txt(Path(path), ["Four.", "Five."])
+    follow(*commands_in(refusal(prepare, path, out, val_fraction=0.99, overwrite=True)))
+    assert sorted(stories_in(out) + stories_in(out, "val")) == ["Five.", "Four."]
 
 
 @pytest.mark.parametrize("stories, words", [

@@ -1160,6 +1160,7 @@ def test_steps_and_tokens_of_a_short_run_agree_and_many_epochs_are_told(data, tm
     assert "2 iterations in one step of 128 tokens: 128" in short and "overfitting" not in short
     shortest = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=1))))
     assert "\n1 iteration in one step of 64 tokens: 64" in shortest
+    assert f"training tokens of {data.parent.name}/train.txt" in short
     size = len(tokens_of(data, "train"))
     long = "\n".join(train.description(new_run(tiny(data, tmp_path, max_iters=size))))
     assert "is read 64 times" in long and "overfitting" in " ".join(long.split())
