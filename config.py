@@ -480,6 +480,11 @@ def wrapped(pieces: Iterable[str], stream: Any) -> Iterator[str]:
             yield word
 
 
+def path_end(path: str) -> str:
+    """The last two parts of a path or a Hub name, which are enough to tell people which it is."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def lock_folder(folder: Path) -> int | None:
     """A descriptor that holds `folder` for this process until it is closed; None if it is taken.
     Also deletes unfinished files that a killed process left in the folder.

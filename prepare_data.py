@@ -544,7 +544,7 @@ def prepare(
     meta = {"dataset": identity(dataset), "settings": settings, "tokenizer": "gpt2",
             "vocab_size": END_OF_TEXT + 1, "splits": {}}
     with locked_folder(folder):
-        if not overwrite and any(os.path.lexists(folder / name) for name in FILES):
+        if not overwrite and holds_files(folder):
             return already_done(folder, meta)
         sources = find_splits(dataset, separator)
         if val_dataset is not None:
@@ -583,6 +583,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)  # only Windows has one
 
 
+def holds_files(folder: str | Path) -> bool:
+    """Whether a prepared folder's files are there, one at least: --overwrite replaces them."""
+    return any(os.path.lexists(Path(folder, name)) for name in FILES)
+
+
 def command(meta: dict, folder: str | Path, **flags: object) -> str:
     """The command line that prepares a folder as meta.json says, but for `flags`: for messages."""
     words = ["python", "prepare_data.py", "--dataset", meta["dataset"], "--data_dir", str(folder)]
@@ -591,7 +596,7 @@ def command(meta: dict, folder: str | Path, **flags: object) -> str:
         if value not in (None, VAL_FRACTION, SEPARATOR):  # the defaults
             text = str(value).replace("\n", r"\n").replace("\t", r"\t")
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-    if any(os.path.lexists(Path(folder, name)) for name in FILES):
+    if holds_files(folder):
         words.append("--overwrite")
     return shlex.join(words)
 

@@ -24,6 +24,7 @@ from config import (
     cli,
     flush_to_disk,
     notice,
+    path_end,
     wrapped,
 )
 
@@ -209,7 +210,7 @@ def model_card(model: gpt.GPT, checkpoint: str) -> str:
     base, table = config.init_from if ours else checkpoint, {}
     head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"])
     if base:
-        table["weights it began with"] = "/".join(Path(base).parts[-2:])  # a path's end is enough
+        table["weights it began with"] = path_end(base)
     if base and gpt.is_hub_name(base) and not is_path(base):
         head.base_model = base
     if ours and config.dataset in ("toy", "roneneldan/TinyStories"):

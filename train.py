@@ -48,6 +48,7 @@ from config import (  # first: it sets what torch reads when it is imported
     nearest,
     notice,
     one_line,
+    path_end,
     wrapped,
 )
 
@@ -322,8 +323,7 @@ def description(run: "Run") -> list[str]:
     lines = [
         f"{config.preset}: {run.model.parameter_count() / 1e6:.1f} M parameters on "
         f"{device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
-        f"{config.data_dir}: {tokens:,} training tokens of "
-        f"{'/'.join(Path(run.meta['dataset']).parts[-2:])}",  # a path's end is enough
+        f"{config.data_dir}: {tokens:,} training tokens of {path_end(run.meta['dataset'])}",
         f"{iterations} in {in_steps} of {size:,} tokens: {total}",
         f"learning rate {config.learning_rate:g}, then {config.min_lr:g}; batch_size "
         f"{config.batch_size}; seed {config.seed}",

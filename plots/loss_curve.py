@@ -75,9 +75,10 @@ def split_label(text: str) -> tuple[str, str]:
     """The label, if any, and the path of [LABEL=]PATH, where both may have more = in them."""
     parts = text.split("=")
     for i in range(len(parts)):
-        if Path("=".join(parts[i:])).expanduser().exists():
-            return "=".join(parts[:i]), "=".join(parts[i:])
-    return "", text
+        path = os.path.expanduser("=".join(parts[i:]))
+        if Path(path).exists():
+            return "=".join(parts[:i]), path
+    return "", os.path.expanduser(text)
 
 
 def locate(text: str) -> tuple[str, Path, Path]:
@@ -85,7 +86,7 @@ def locate(text: str) -> tuple[str, Path, Path]:
     run a/b is a/b/log.csv, or a/b.csv as plots/logs/ has them.
     """
     label, path = split_label(text)
-    log = Path(os.path.abspath(Path(path).expanduser()))
+    log = Path(os.path.abspath(path))
     if log.is_dir():
         log = log / "log.csv"
     if log.name == "log.csv":

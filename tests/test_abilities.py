@@ -117,12 +117,13 @@ def test_the_standard_error_is_over_pairs():
     assert error == pytest.approx(0.25 / math.sqrt(4))  # of 1, 1/2, 1/2, 1/2
 
 
-def test_a_column_for_each_checkpoint_and_a_picture(tmp_path, capsys):
+def test_a_column_for_each_checkpoint_and_a_picture(tmp_path, monkeypatch, capsys):
     model, out = random_model(), tmp_path / "abilities.png"
     for name, facts in (("a", dict(tokens=1000, val_loss=3.25)), ("b", {})):
         save_file(tmp_path / f"{name}.pt", model.config, model, **facts)
     (tmp_path / "b.pt").rename(tmp_path / "lr=1.pt")
-    names = [f"{tmp_path / 'a.pt'}", f"later={tmp_path / 'lr=1.pt'}"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [f"{tmp_path / 'a.pt'}", "later=~/lr=1.pt"]
     abilities.main(["--checkpoint", *names, "--out", str(out)])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["right", "(chance:", "50%)", "a.pt", "later"]
