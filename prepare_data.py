@@ -654,19 +654,21 @@ def divide(source: Source, meta: dict, folder: Path, fraction: float | None) -> 
     with closing(source.read()) as opened:
         stories = filter(None, opened)
         first, second = next(stories, ""), next(stories, "")
-        other = second
-        if second == first:
-            other = next((story for story in stories if story != first), "")
+        places = {place(story) for story in (first, second, *itertools.islice(stories, 1000))}
+        if len(places) == 1:
+            places.add(place(next((story for story in stories if story != first), first)))
     if not first:
         raise UserError(source.if_empty)
     if not second:
         return cut_in_two(first, meta, folder, fraction)
-    if not other:
+    if len(places) == 1:
         raise UserError(f"all stories of {dataset} are equal, and equal stories go to one split: "
                         "name others with --val_dataset")
-    between = f"{(place(first) + place(other)) / 2:.6f}"  # this fraction sends them to two splits
+    low, high = min(places), max(places)
+    # A fraction that sends some of these stories to either split.
+    other = next((f for f in (0.1, 0.2, 0.5) if low < f <= high), f"{(low + high) / 2:.6f}")
     few = (f"{dataset} has so few stories that none was drawn for one of the splits: "
-           f"type `{command(meta, folder, val_fraction=between)}`, or name others with "
+           f"type `{command(meta, folder, val_fraction=other)}`, or name others with "
            "--val_dataset")
     return {split: Source(partial(drawn, split), few) for split in ("train", "val")}
 

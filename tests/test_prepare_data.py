@@ -659,6 +659,15 @@ def test_few_stories_of_which_none_is_drawn(tmp_path):
     assert sorted(stories_in(out) + stories_in(out, "val")) == ["Five.", "Four."]
 
 
+def test_of_a_short_text_a_tenth_is_proposed_for_validation(tmp_path):
+    stories = [f"Fable {number}." for number in range(40)]  # none is drawn with the default
+    path = str(write_txt(tmp_path / "in.txt", stories))
+    line = refusal(prepare, path, tmp_path / "out")
+    assert "so few stories" in line and "--val_fraction 0.1`" in line
+    follow(*commands_in(line))
+    assert 1 <= len(stories_in(tmp_path / "out", "val")) <= 12
+
+
 @pytest.mark.parametrize("stories, words", [
     (["Same.", " Same.", "Same.\n"], "all stories of {} are equal"),
     (["", None, " \n"], "there is no story: {} is empty"),
